@@ -1,0 +1,227 @@
+"""`python -m pipeline recipe=llama31`: composes the request with Hydra and fulfils it.
+
+Exit status: 0 done and verified, 1 the run failed or verification refused it, 2 the request is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline import compose, recipe_source, stage
+from pipeline.door import Request, fulfil
+from pipeline.ground.errors import PipelineError, Refused
+from pipeline.ground.names import nearest
+from pipeline.ground.paths import bundled
+
+_PATH_KEYS = ("base_model", "adapter", "output", "report", "recipe")
+
+
+@dataclass
+class Outcome:
+    """What became of one run: its exit status and, in a sweep, its row."""
+
+    status: int
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+def main() -> int:
+    """Runs what the command line asks for; the exit status."""
+    arguments = sys.argv[1:]
+    stage.load_stages()
+    if not arguments or {"--help", "-h"} & set(arguments):
+        sys.stdout.write(help_text())
+        return 0
+    compose.register()
+    recipe_source.register()
+    debug = "debug=true" in (a.lower().lstrip("+") for a in arguments)
+    try:
+        return _run([_quoted(a, sweeps=_is_sweep(arguments)) for a in arguments])
+    except KeyboardInterrupt:
+        _tell("interrupted: nothing was published")
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _failed(error)
+
+
+def _is_sweep(arguments: list[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    import hydra
+
+    outcomes: list[Outcome] = []
+
+    @hydra.main(version_base="1.3", config_path=str(bundled("conf")), config_name="config")
+    def task(cfg: Any) -> None:
+        outcomes.append(_fulfilled(cfg))
+
+    # Hydra's own errors are to reach us, and a sweep's record is to litter nobody's folder.
+    previous, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    with tempfile.TemporaryDirectory(prefix="pipeline-sweep-") as scratch:
+        if _is_sweep(arguments):
+            sys.argv += [f"hydra.sweep.dir='{scratch}'", *_unswept(arguments)]
+        try:
+            task()
+        finally:
+            sys.argv = previous
+    if _is_sweep(arguments) and outcomes:
+        from pipeline.ground.terminal import show_sweep
+
+        show_sweep([outcome.row for outcome in outcomes])
+        return 1 if any(outcome.status for outcome in outcomes) else 0
+    return outcomes[0].status if outcomes else 0
+
+
+def _unswept(arguments: list[str]) -> list[str]:
+    """Tells Hydra which keys are the same in all runs, so that a run's folder is named by the others."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+    same = [o.key_or_group for o in overrides if not o.is_sweep_override()]
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]"]
+
+
+def _fulfilled(cfg: Any) -> Outcome:
+    """One run, with its failure told; in a sweep it writes below `output`, and the others go on."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    name = ""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        name = re.sub(r"[^\w.=,+-]", "_", HydraConfig.get().job.override_dirname) or "run"
+        cfg.output = str(Path(cfg.output or "multirun").expanduser() / name)
+        sys.stdout.write(f"\n== {name}\n")
+    try:
+        report = fulfil(
+            Request(
+                pipeline=compose.build(cfg),
+                settings=compose.settings(cfg),
+                report=Path(cfg.report).expanduser() if cfg.report else None,
+                dry_run=cfg.dry_run,
+            )
+        )
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        if cfg.debug:
+            traceback.print_exc()
+        return Outcome(_failed(error), _row(name, None, str(error).splitlines()[0] if str(error) else ""))
+    return Outcome(0, _row(name, report, "planned" if report is None else "verified"))
+
+
+def _row(name: str, report: Any, result: str) -> dict[str, Any]:
+    from pipeline.ground.report import retained
+    from pipeline.ground.units import show_bytes, show_seconds
+
+    if report is None:
+        return {"run": name, "result": result, "size": "", "retained": "", "ratio": "", "time": ""}
+    kept, figures = retained(report.weights), report.logits
+    return {
+        "run": name,
+        "result": result,
+        "size": show_bytes(report.plan.disk),
+        "retained": f"{kept['mean']:.4f}" if kept else "",
+        "ratio": f"{figures['ratio']:.2g}" if figures else "",
+        "time": show_seconds(report.save.get("seconds", 0) + report.seconds),
+    }
+
+
+def _failed(error: Exception) -> int:
+    """Tells an error in sentences, and gives the exit status it means."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, Refused):
+        for sentence in error.sentences:
+            _tell(sentence)
+        return 2
+    if isinstance(error, PipelineError):
+        _tell(str(error))
+        return 1
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        _tell(_composition_sentence(error))
+        return 2
+    if isinstance(error, OSError) and error.errno is not None:
+        _tell(f"{error.filename or 'a file'}: {error.strerror}; nothing was published")
+        return 1
+    reason = (str(error).splitlines() or [""])[0]
+    _tell(f"internal error: {type(error).__name__}: {reason}; run again with debug=true and report it")
+    return 1
+
+
+def _tell(sentence: str) -> None:
+    sys.stderr.write(f"error: {sentence}\n")
+
+
+def _composition_sentence(error: Exception) -> str:
+    """Hydra's and OmegaConf's errors about a request, as one sentence."""
+    if isinstance(error, recipe_source.RecipeError):
+        return str(error)
+    text = " ".join(str(part) for part in (error, error.__cause__) if part is not None)
+    if found := re.search(r"[Cc]ould not (?:find|load) '?recipe/([^'\n]+?)'?(?:\.|\n|$|\s)", text):
+        return f"recipe: no recipe '{found[1]}'{nearest(found[1], recipe_source.names())}; there are {_listed(recipe_source.names())}"
+    if found := re.search(r"[Cc]ould not (?:find|load) '(\w+)/([^'\n]+)'", text):
+        slot = found[1]
+        return f"{slot}: no stage '{found[2]}'; choose {_listed(_choices(slot))}"
+    if found := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text):
+        full = re.search(r"full_key: (\S+)", text)
+        key = full[1] if full else found[1]
+        return f"{key}: no such key{nearest(key, _all_keys())}"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"{found[1]}: no such key{nearest(found[1], _all_keys())}"
+    if found := re.search(
+        r"override (\S+?)=(.*?)\n?.*Invalid value '.*', expected one of \[(.*?)\]", text, re.DOTALL
+    ):
+        return f"{found[1]}: '{found[2]}' is none of {found[3]}"
+    full = re.search(r"full_key: (\S+)", text)
+    first = text.splitlines()[0]
+    return f"{full[1]}: {first}" if full and full[1] not in first else first
+
+
+def _choices(slot: str) -> list[str]:
+    return sorted(compose.offered(slot)) if slot in stage.SLOTS else []
+
+
+def _all_keys() -> list[str]:
+    nodes = [(slot, node) for slot in stage.SLOTS for node in compose.offered(slot).values()]
+    inner = [f"{slot}.{f.name}" for slot, node in nodes for f in fields(node)]
+    return [*compose.ROOT_KEYS, *stage.SLOTS, "recipe", *inner]
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names))
+
+
+def _quoted(argument: str, sweeps: bool) -> str:
+    """A path value in quotes, so that no character of it is taken for Hydra's grammar."""
+    found = re.fullmatch(rf"({'|'.join(_PATH_KEYS)})=(.+)", argument, re.DOTALL)
+    if not found or found[2][0] in "'\"[{" or found[2].startswith("${"):
+        return argument
+    key, value = found.groups()
+    if re.fullmatch(r"[\w./@:+-]+", value) or (sweeps and "," in value and not Path(value).exists()):
+        return argument
+    escaped = re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", value)
+    escaped += "\\" * (len(escaped) - len(escaped.rstrip("\\")))
+    return f"{key}='{escaped}'"
+
+
+def help_text() -> str:
+    """What can be typed: recipes, keys, stages."""
+    from pipeline.help import text
+
+    return text()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

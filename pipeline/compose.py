@@ -1,0 +1,206 @@
+"""From composed YAML to a Pipeline: the only place that turns configuration into objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.ground.dtypes import FloatDtype
+from pipeline.ground.errors import Refused
+from pipeline.ground.units import parse_bytes
+from pipeline.stage import CHOICES, SLOTS, STAGES, Pipeline, Save, Stage
+
+
+@dataclass
+class Root:
+    """The keys a recipe may set; anything else is refused as Hydra composes."""
+
+    extract: Any = MISSING
+    load: Any = MISSING
+    dequantize: Any = MISSING
+    merge: Any = MISSING
+    save: Any = MISSING
+    verify: Any = MISSING
+
+    base_model: str | None = None
+    """folder, GGUF file, or hub id org/name[@revision]"""
+    adapter: str | None = None
+    """folder or hub id of a PEFT adapter"""
+    output: str | None = None
+    """folder to create"""
+    targeted_modules: Any = None
+    """modules the adapter may change: a list, or {filter: "a, b"}; names, globs or re:patterns"""
+    rank: int | None = None
+    """rank that the adapter must have"""
+    alpha: float | None = None
+    """alpha that the adapter must have"""
+    merge_dtype: FloatDtype = FloatDtype.float32
+    """dtype in which W + delta is computed"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps or xpu: where decoding and merging compute"""
+    names: dict[str, str] = field(default_factory=dict)
+    """renames {from: to} from adapter modules to checkpoint names"""
+    memory_limit: Any = None
+    """memory for tiles and models beyond the libraries, as 4GB; default: what is free"""
+    report: str | None = None
+    """file for the report as JSON; default: report.json in the output"""
+    dry_run: bool = False
+    """print the plan and stop"""
+    debug: bool = False
+    """show tracebacks"""
+
+
+ROOT_KEYS = tuple(f.name for f in fields(Root) if f.name not in SLOTS)
+
+
+@cache
+def offered(slot: str) -> dict[str, type]:
+    """What `slot=` takes: for each name a dataclass of the settings that stand under the slot.
+
+    A stage's fields that are named like a root key are not among them: they get the root's value. `auto`
+    has the settings of every stage of the slot.
+    """
+    nodes = {name: _node(name, [cls]) for name, cls in STAGES[slot].items()}
+    return {**({"auto": _node("auto", STAGES[slot].values())} if slot in CHOICES else {}), **nodes}
+
+
+def _node(name: str, stages: Iterable[type]) -> type:
+    settings: dict[str, tuple[str, Any, Any]] = {}
+    for cls in stages:
+        hints = get_type_hints(cls)
+        for f in fields(cls):
+            if f.name not in ROOT_KEYS:
+                settings.setdefault(f.name, (f.name, hints[f.name], _default(f)))
+    return make_dataclass(name, settings.values(), kw_only=True)
+
+
+def _default(f: Field[Any]) -> Any:
+    if f.default_factory is not NO_DEFAULT:
+        return field(default_factory=f.default_factory)
+    return field(default=MISSING if f.default is NO_DEFAULT else f.default)
+
+
+def register() -> None:
+    """Offers the root and every registered stage to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="root", node=Root)
+    for slot in SLOTS:
+        for name, node in offered(slot).items():
+            store.store(group=slot, name=name, node=node, provider="pipeline")
+
+
+def build(cfg: DictConfig) -> Pipeline:
+    """The pipeline of a composed config; Refused, with all reasons, where a value is missing or unfit."""
+    stages, wrong = {}, []
+    for slot in SLOTS:
+        try:
+            stages[slot] = _chosen(slot, cfg)
+        except Refused as refusal:
+            wrong += refusal.sentences
+    if wrong:
+        raise Refused(*wrong)
+    shared = _root_values(cfg, stages["save"])
+    built: dict[str, Any] = {}
+    for slot, cls in stages.items():
+        try:
+            own = _own_values(slot, cls, cfg)
+            taken = {f.name: shared[f.name] for f in fields(cls) if f.name in ROOT_KEYS}
+            built[slot] = cls(**own, **taken)
+        except Refused as refusal:
+            wrong += refusal.sentences
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            wrong.append(f"{slot}: {str(error).splitlines()[0]}")
+    if wrong:
+        raise Refused(*wrong)
+    return Pipeline(**built)
+
+
+def _chosen(slot: str, cfg: DictConfig) -> type[Stage]:
+    """The stage that fills the slot; `auto` asks the slot's choice."""
+    kind = OmegaConf.get_type(cfg, slot)
+    name = next((name for name, node in offered(slot).items() if node is kind), None)
+    if name == "auto" and slot in CHOICES:
+        name = CHOICES[slot]({key: cfg[key] for key in ROOT_KEYS})
+    if name is None:
+        raise Refused(f"{slot}: choose one of {', '.join(sorted(offered(slot)))}")
+    return STAGES[slot][name]
+
+
+def _own_values(slot: str, cls: type[Stage], cfg: DictConfig) -> dict[str, Any]:
+    """The settings under the slot; under `auto`, those that were changed, all of which the stage must have."""
+    values = vars(OmegaConf.to_object(cfg[slot]))
+    if OmegaConf.get_type(cfg, slot) is not offered(slot).get("auto") or "auto" in STAGES[slot]:
+        return values
+    own, plain = (
+        {f.name for f in fields(cls)},
+        vars(OmegaConf.to_object(OmegaConf.structured(offered(slot)["auto"]))),
+    )
+    for name, value in values.items():
+        if name not in own and value != plain[name]:
+            stage = next(name for name, known in STAGES[slot].items() if known is cls)
+            raise Refused(f"{slot}.{name}: {slot}={stage}, which this request means, has no such setting")
+    return {name: value for name, value in values.items() if name in own}
+
+
+def _root_values(cfg: DictConfig, save: type[Stage]) -> dict[str, Any]:
+    """The root keys as the stages take them, every way of writing a value brought to one."""
+    assert issubclass(save, Save)
+    wanted = {
+        "base_model": "a folder, a GGUF file or a hub id",
+        "adapter": "the folder or hub id of an adapter",
+    }
+    if save.needs_output:
+        wanted["output"] = "the folder to create" if save.writes else "the merged model's folder"
+    missing = [
+        f"{key}: is not set; give {what}, as {key}=..." for key, what in wanted.items() if not cfg[key]
+    ]
+    if missing:
+        raise Refused(*missing)
+    values = {key: cfg[key] for key in ROOT_KEYS}
+    values["names"] = dict(cfg.names)
+    values["output"] = Path(cfg.output or ".").expanduser()
+    values["targeted_modules"] = _module_list("targeted_modules", cfg.targeted_modules)
+    if cfg.memory_limit is not None:
+        values["memory_limit"] = parse_bytes("memory_limit", cfg.memory_limit)
+    return values
+
+
+def _module_list(key: str, value: Any) -> tuple[str, ...] | None:
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if isinstance(value, Mapping) and set(value) == {"filter"}:
+        value = value["filter"]
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if value is None:
+        return None
+    if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
+        return tuple(value)
+    raise Refused(
+        f"{key}: {value!r} is not a list of module names; write [q_proj, v_proj] or {{filter: 'a, b'}}"
+    )
+
+
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """The request as it may be published: no paths of this machine, no defaults that say nothing."""
+    table = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    assert isinstance(table, dict)
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in SLOTS and isinstance(value, dict):
+            found[str(key)] = {k: v for k, v in value.items() if v is not None}
+        elif key in ("output", "report", "debug", "dry_run") or value in (None, {}, []):
+            continue
+        elif key in ("base_model", "adapter") and Path(str(value)).expanduser().exists():
+            found[str(key)] = Path(str(value)).name
+        else:
+            found[str(key)] = value.value if isinstance(value, Enum) else value
+    return found

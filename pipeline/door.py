@@ -1,0 +1,71 @@
+"""One request: built, planned, run, published - and what the user is told of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.ground.errors import PipelineError, Refused
+from pipeline.ground.manifest import NAME, write_json
+from pipeline.ground.report import Report, Status
+from pipeline.ground.terminal import show_plan, show_report
+from pipeline.ground.workplace import Workplace, rejected
+from pipeline.stage import Pipeline
+
+
+@dataclass(frozen=True)
+class Request:
+    """A pipeline, and what of the request the stages need not know."""
+
+    pipeline: Pipeline
+    settings: Mapping[str, Any]  # for merge.json
+    report: Path | None = None
+    dry_run: bool = False
+
+
+def fulfil(request: Request) -> Report | None:
+    """Plans, and unless that is all, runs and publishes; PipelineError if verification refuses the result."""
+    if request.report and not request.report.absolute().parent.is_dir():
+        raise Refused(f"report: '{request.report.parent}' is not a folder; give a file in one that exists")
+    plan = request.pipeline.plan()
+    look_only = not request.pipeline.save.needs_output
+    show_plan(plan, every_weight=look_only)
+    if request.dry_run or look_only:
+        return None
+    if request.pipeline.save.writes:
+        return _published(request)
+    report = request.pipeline.run()
+    _judge(report, request, request.pipeline.save.output)
+    return report
+
+
+def _published(request: Request) -> Report:
+    with Workplace(request.pipeline.save.output) as place:
+        report = request.pipeline.run()
+        verdict = {gate.name: gate.status.value for gate in report.gates}
+        manifest = {k: v for k, v in report.manifest.items() if k != "save"}
+        write_json(place.folder / NAME, {**manifest, "request": request.settings, "verified": verdict})
+        write_json(place.folder / "report.json", report.as_dict())
+        stands_at = place.publish() if report.passed else place.reject()
+    _judge(report, request, stands_at)
+    return report
+
+
+def _judge(report: Report, request: Request, stands_at: Path) -> None:
+    if request.report:
+        request.report.write_text(json.dumps(report.as_dict(), indent=2) + "\n", "utf-8")
+    show_report(report, f"{'done' if report.passed else 'refused'}: {stands_at}")
+    failed = [gate for gate in report.gates if gate.status is Status.failed]
+    if failed:
+        aside = (
+            f"; the output is kept in {stands_at}"
+            if stands_at == rejected(request.pipeline.save.output)
+            else ""
+        )
+        gate = failed[0]
+        raise PipelineError(
+            f"verification refused the result: {gate.name}: {gate.seen}, wanted {gate.wanted}{aside}"
+        )

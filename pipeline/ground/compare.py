@@ -1,0 +1,67 @@
+"""Files against the plan and against the base's files, read with the safetensors library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.ground.files import File, read_into
+from pipeline.ground.reference import Folder
+from pipeline.ground.report import Action, Gate, Plan, Status
+from pipeline.ground.shards import Entry, read_checkpoint
+
+_CHUNK = 8 << 20
+
+
+def structure(folder: Path, plan: Plan) -> Gate:
+    """Every planned weight stands in the folder with its shape and dtype, and nothing else does."""
+    found = {name: (dtype, shape) for name, dtype, shape in Folder(folder).facts()}
+    planned = {w.name: (w.dtype, w.shape) for w in plan.weights}
+    wrong = [f"{name} is missing" for name in planned.keys() - found.keys()]
+    wrong += [f"{name} is not the base's" for name in found.keys() - planned.keys()]
+    wrong += [
+        f"{name} is {found[name]}, not {planned[name]}"
+        for name in planned.keys() & found.keys()
+        if found[name] != planned[name]
+    ]
+    for shard in read_checkpoint(folder):  # index and headers, held to what a strict reader takes
+        if shard.file.path.name not in plan.shards:
+            wrong.append(f"{shard.file.path.name} is not a planned file")
+    if not (folder / "config.json").is_file():
+        wrong.append("config.json is missing")
+    seen = f"{len(found)} weights in {len(plan.shards)} files"
+    if wrong:
+        return Gate("structure", Status.failed, f"{min(wrong)} ({len(wrong)} faults)", "as planned")
+    return Gate("structure", Status.passed, seen, "every name, shape and dtype as planned")
+
+
+def identical(folder: Path, plan: Plan, sources: Mapping[str, Entry]) -> Gate:
+    """Weights that are copied hold the base's very bytes."""
+    written = {e.name: e for shard in read_checkpoint(folder) for e in shard.entries}
+    untouched = [w.name for w in plan.weights if w.action is Action.copied]
+    wrong = [name for name in untouched if not _same_bytes(written[name], sources[name])]
+    wanted = "the base's bytes"
+    if wrong:
+        return Gate("untouched", Status.failed, f"{wrong[0]} differs ({len(wrong)} weights)", wanted)
+    return Gate("untouched", Status.passed, f"{len(untouched)} weights identical", wanted)
+
+
+def _same_bytes(one: Entry, other: Entry) -> bool:
+    if one.extent.length != other.extent.length:
+        return False
+    with one.extent.file.opened() as a, other.extent.file.opened() as b:
+        for start in range(0, one.extent.length, _CHUNK):
+            size = min(_CHUNK, one.extent.length - start)
+            left, right = bytearray(size), bytearray(size)
+            read_into(a, one.extent.offset + start, memoryview(left))
+            read_into(b, other.extent.offset + start, memoryview(right))
+            if left != right:
+                return False
+    return True
+
+
+def changed_since(files: Mapping[str, str], folder: Path) -> list[str]:
+    """Files of a manifest (name: sha256) that are missing in the folder or hold something else."""
+    from pipeline.ground.digests import sha256
+
+    return [n for n, sha in files.items() if not (folder / n).is_file() or sha256(File.at(folder / n)) != sha]

@@ -1,0 +1,33 @@
+"""Where tensors are computed: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`."""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.ground.errors import Refused
+
+
+def check_device(device: str) -> None:
+    """Refused for a device that has no such name, or that this machine has not; imports torch only if asked."""
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
+        raise Refused(f"device: {device!r} is none of auto, cpu, cuda, cuda:1, mps, xpu")
+    if device not in ("auto", "cpu"):
+        import torch
+
+        kind, _, number = device.partition(":")
+        found = getattr(torch, kind).device_count() if hasattr(torch, kind) else 0
+        if int(number or 0) >= found:
+            raise Refused(f"device: {device} is not there ({found} {kind} devices found); use cpu or auto")
+
+
+def resolve_device(device: str) -> str:
+    """The device that `auto` means: the first accelerator, else cpu."""
+    if device != "auto":
+        return device
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "cpu"  # half of the dtypes here are unknown to mps; it must be asked for
+    return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cpu"

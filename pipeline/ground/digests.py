@@ -1,0 +1,66 @@
+"""SHA-256 of files: of inputs, beside the work; the Hub's own digests are taken over where it gave them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.ground.files import File, read_into
+
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What identifies a file's content; `inherited` when the Hub said so and it was not read for it."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    inherited: bool = False
+
+
+def sha256(file: File) -> str:
+    """The digest of the whole file, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), bytearray(min(_CHUNK, file.size))
+    with file.opened() as descriptor:
+        for offset in range(0, file.size, _CHUNK):
+            part = memoryview(buffer)[: min(_CHUNK, file.size - offset)]
+            read_into(descriptor, offset, part)
+            digest.update(part)
+    return digest.hexdigest()
+
+
+class Digests:
+    """Hashes files on a thread of its own while `with` lasts; `result()` waits for it."""
+
+    def __init__(self, files: Iterable[File], known: Mapping[Path, str]) -> None:
+        self._files, self._known = list(files), known
+        self._stopped = False
+
+    def __enter__(self) -> Digests:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="digest")
+        self._future: Future[list[Digest]] = self._pool.submit(self._all)
+        return self
+
+    def _all(self) -> list[Digest]:
+        found = []
+        for file in self._files:
+            if self._stopped:
+                break
+            known = self._known.get(file.path)
+            found.append(
+                Digest(file.path.name, file.size, known or sha256(file), inherited=known is not None)
+            )
+        return found
+
+    def result(self) -> list[Digest]:
+        """The digests, in the order of the files."""
+        return self._future.result()
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._pool.shutdown(wait=True)

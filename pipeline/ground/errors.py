@@ -1,0 +1,24 @@
+"""What the user reads when a run cannot go on. Everything else that escapes is a fault of ours."""
+
+from collections.abc import Iterable
+
+
+class PipelineError(Exception):
+    """The run failed, or verification refused its result (exit status 1): one sentence."""
+
+
+class Refused(PipelineError):  # noqa: N818  it reads like what happened
+    """The request is wrong and nothing was written (exit status 2).
+
+    Holds one sentence for each thing that is wrong: it names the key or file, the value, and what
+    would be right.
+    """
+
+    def __init__(self, *sentences: str) -> None:
+        super().__init__("\n".join(sentences))
+        self.sentences = sentences
+
+    @classmethod
+    def together(cls, refusals: Iterable["Refused"]) -> "Refused":
+        """One refusal that says all that these say, each sentence once."""
+        return cls(*dict.fromkeys(s for refusal in refusals for s in refusal.sentences))

@@ -1,0 +1,88 @@
+"""Bytes in files: where they lie, and reading them into buffers of our own (pread, never mmap)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.ground.errors import PipelineError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file as it was when the plan was made; `opened` holds a run to that."""
+
+    path: Path
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def at(cls, path: Path) -> File:
+        stat = path.stat()
+        return cls(path, stat.st_size, stat.st_mtime_ns)
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor for reading; PipelineError if the file is no longer what was planned with."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise PipelineError(f"{self.path}: cannot be opened any more: {error.strerror}") from error
+        try:
+            stat = os.fstat(descriptor)
+            if (stat.st_size, stat.st_mtime_ns) != (self.size, self.modified_ns):
+                raise PipelineError(f"{self.path}: changed while the run was using it; start again")
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`length` bytes of a file from `offset` on."""
+
+    file: File
+    offset: int
+    length: int
+
+
+def read_into(descriptor: int, offset: int, buffer: memoryview) -> None:
+    """Fills the buffer with the bytes at `offset`; PipelineError if the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise PipelineError(f"a file ended {len(buffer) - done} bytes early while it was being read")
+        done += count
+
+
+def read_bytes(extent: Extent) -> bytes:
+    """All bytes of an extent; for small things."""
+    buffer = bytearray(extent.length)
+    with extent.file.opened() as descriptor:
+        read_into(descriptor, extent.offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def read_tensor(descriptor: int, offset: int, length: int) -> Tensor:
+    """`length` bytes at `offset` as an uint8 tensor `(length,)` in memory of its own."""
+    import torch
+
+    buffer = torch.empty(length, dtype=torch.uint8)
+    if length:
+        read_into(descriptor, offset, memoryview(buffer.numpy()))
+    return buffer
+
+
+def write_all(descriptor: int, offset: int, buffer: memoryview) -> None:
+    """Writes the whole buffer at `offset`."""
+    done = 0
+    while done < len(buffer):
+        done += os.pwrite(descriptor, buffer[done:], offset + done)

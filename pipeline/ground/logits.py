@@ -1,0 +1,246 @@
+"""The merged model's answers against those of base + unmerged adapter, through transformers and PEFT.
+
+Both sides run in float32, one after the other, so that one model at a time is in memory. KL divergences
+are in nats per token: KL(adapter || merged) is what the merge changed, KL(adapter || base) what the
+adapter does; their ratio says how much of its effect is off.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.ground.errors import PipelineError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEQUENCE = 128  # tokens in one forward pass
+_RESAMPLES = 1000
+_NEW_TOKENS = 48
+
+
+class CannotCompare(PipelineError):
+    """Base and adapter themselves do not load or run here: nothing is said about the merge."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is compared: folders of adapter and merged model, and how to get the base in float32."""
+
+    merged: Path
+    adapter: Path
+    base: Callable[[type], Any]  # the model class to a model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Figures for the report, the answers to the prompt, and what had to be assumed."""
+
+    figures: dict[str, Any]
+    answers: dict[str, str] | None
+    assumed: list[str]
+
+
+def compare(
+    models: Models, text: str, num_tokens: int, prompt: str | None, factor: float, device: str
+) -> Outcome:
+    """Runs base, base + adapter and merged model on the same tokens."""
+    import torch
+
+    with _quiet(), torch.inference_mode():
+        config, tokenizer, cls = _prepare(models.merged)
+        assumed: list[str] = []
+        tokens = _tokens(tokenizer, text, config, num_tokens, assumed)
+        try:
+            adapted, factor_note = _adapted(models, cls, factor, device)
+            assumed += factor_note
+            with_adapter = _outputs(adapted, tokens)
+            with adapted.disable_adapter():
+                without = _outputs(adapted, tokens)
+                first = _answer(adapted, tokenizer, prompt)
+            second = _answer(adapted, tokenizer, prompt)
+        except Exception as error:  # whatever transformers or PEFT raise about base and adapter
+            raise CannotCompare(
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        del adapted
+        gc.collect()
+        merged = cls.from_pretrained(models.merged, dtype=torch.float32).eval().to(device)
+        figures = _compared(with_adapter, without, _outputs(merged, tokens))
+        answers = None
+        if prompt and first is not None and second is not None:
+            third = _answer(merged, tokenizer, prompt)
+            answers = {"prompt": prompt, "base": first, "adapter": second, "merged": third or ""}
+    return Outcome({**figures, "tokens": tokens.numel()}, answers, assumed)
+
+
+def memory_needed(num_parameters: int, vocabulary: int, num_tokens: int) -> int:
+    """Bytes: one model in float32 with a fifth on top, and three sets of logits with room to compare."""
+    return int(num_parameters * 4 * 1.2) + 6 * num_tokens * max(vocabulary, 1) * 4
+
+
+def memory_free() -> int:
+    """Bytes that this process can still take, by the machine and by its control group."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+def _prepare(folder: Path) -> tuple[Any, Any, Any]:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        cls = getattr(transformers, (config.architectures or [""])[0], None)
+    except Exception as error:  # an architecture that transformers does not know, or custom code
+        raise CannotCompare(str(error).splitlines()[0]) from error
+    if cls is None:
+        raise CannotCompare(f"transformers has no class {config.architectures}, and custom code is never run")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception:  # no tokenizer, or one that needs a library that is not here
+        tokenizer = None
+    return config, tokenizer, cls
+
+
+def _tokens(tokenizer: Any, text: str, config: Any, count: int, assumed: list[str]) -> Tensor:
+    """`(sequences, SEQUENCE)` token ids of the text; random ones where there is no tokenizer."""
+    import torch
+
+    size = getattr(config.get_text_config(), "vocab_size", 2)
+    if tokenizer is not None:
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:count])
+        if len(ids) and int(ids.max()) < size:
+            length = min(SEQUENCE, len(ids))
+            return ids[: len(ids) // length * length].view(-1, length)
+    assumed.append("logits were compared on random tokens, because the model has no tokenizer that loads")
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(size, (max(count // SEQUENCE, 1), min(SEQUENCE, count)), generator=random)
+
+
+def _adapted(models: Models, cls: type, factor: float, device: str) -> tuple[Any, list[str]]:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(models.base(cls), str(models.adapter)).eval()
+    if factor != 1:
+        for module in model.modules():
+            if isinstance(scaling := getattr(module, "scaling", None), dict):
+                scaling.update({name: value * factor for name, value in scaling.items()})
+    return model.to(device), []
+
+
+def _outputs(model: Any, tokens: Tensor) -> Tensor:
+    """`(positions, classes)` log-probabilities; of a model without a head, its hidden states; on the CPU."""
+    import torch
+
+    rows = []
+    for sequence in tokens:
+        out = model(input_ids=sequence[None].to(model.device))
+        logits = getattr(out, "logits", None)
+        values = out.last_hidden_state if logits is None else logits.float().log_softmax(-1)
+        rows.append(values.float().cpu().flatten(0, -2))
+    return torch.cat(rows)
+
+
+def _compared(adapter: Tensor, base: Tensor, merged: Tensor) -> dict[str, Any]:
+    """KL figures and agreement; `ratio` = KL(adapter||merged) / KL(adapter||base) with its 95 % interval."""
+    import torch
+
+    off, effect = _divergence(adapter, merged), _divergence(adapter, base)
+    random = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(off), (_RESAMPLES, len(off)), generator=random)
+    ratios = off[picks].mean(1) / effect[picks].mean(1).clamp_min(1e-300)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {
+        "kl_mean": float(off.mean()),
+        "kl_p99": float(off.quantile(0.99)),
+        "kl_max": float(off.max()),
+        "kl_adapter_base": float(effect.mean()),
+        "ratio": float(off.mean() / effect.mean().clamp_min(1e-300)),
+        "ratio_interval": [low, high],
+        "top1_agreement": float((adapter.argmax(-1) == merged.argmax(-1)).double().mean()),
+        "largest_difference": float((adapter - merged).abs().max()),
+        "finite": bool(merged.isfinite().all()),
+    }
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats of each row, float64; half the squared distance for hidden states."""
+    import torch
+
+    parts = []
+    for some_p, some_q in zip(p.split(64), q.split(64), strict=True):
+        P, Q = some_p.double(), some_q.double()
+        if bool((P > 0).any()):  # no log-probability is: hidden states
+            parts.append(((P - Q) ** 2).sum(-1) / 2)
+        else:
+            P, Q = P - P.logsumexp(-1, keepdim=True), Q - Q.logsumexp(-1, keepdim=True)
+            parts.append((P.exp() * (P - Q)).sum(-1).clamp_min(0))
+    return torch.cat(parts)
+
+
+def _answer(model: Any, tokenizer: Any, prompt: str | None) -> str | None:
+    """What the model says to the prompt, greedily; None where it cannot generate."""
+    if not prompt or tokenizer is None or not hasattr(model, "generate"):
+        return None
+    import torch
+
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")
+    ids = ids.to(model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out: Tensor = model.generate(
+        **ids,
+        max_new_tokens=_NEW_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=pad,
+    )
+    said: str = tokenizer.decode(
+        torch.as_tensor(out[0][ids["input_ids"].shape[1] :]), skip_special_tokens=True
+    )
+    return said.strip()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the libraries' warnings and bars off the terminal; what matters is in the report."""
+    import warnings
+
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def as_text(figures: Mapping[str, Any]) -> str:
+    """The figures in one line."""
+    return (
+        f"KL(adapter||merged) {figures['kl_mean']:.2g}, of KL(adapter||base) {figures['kl_adapter_base']:.2g}: "
+        f"ratio {figures['ratio']:.2g}, top-1 agreement {figures['top1_agreement']:.2%}"
+    )

@@ -1,0 +1,163 @@
+"""What an output says of itself: config, index, side files, model card, and merge.json with all hashes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pipeline.ground.digests import Digest, sha256
+from pipeline.ground.files import File
+from pipeline.ground.hub import Source
+from pipeline.ground.metrics import Statistics
+from pipeline.ground.report import Plan
+from pipeline.ground.shards import INDEX, index_text
+from pipeline.ground.sidefiles import SideFile
+
+NAME = "merge.json"
+_LIBRARIES = ("torch", "safetensors", "transformers", "peft", "gguf", "hydra-core")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an input came from, as it may be published: no paths of this machine."""
+
+    name: str
+    repo: str | None
+    commit: str | None
+
+
+def published(source: Source) -> Origin:
+    """An input by its hub id, or by the name of its folder or file alone."""
+    return Origin(source.repo or source.folder.name, source.repo, source.commit)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that save has in hand when the shards are written."""
+
+    plan: Plan
+    config: str
+    side_files: Sequence[SideFile]
+    base: Origin
+    adapter: Origin
+    adapter_config: Mapping[str, Any]
+    inputs: Sequence[Digest]
+    shards: Mapping[str, Sequence[str]]
+    digests: Sequence[Digest]
+    statistics: Mapping[str, Statistics]
+
+
+def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
+    """Writes everything but the shards, config.json and index last; gives the manifest for merge.json.
+
+    The shards stand complete by then: before that no loader takes the folder for a model.
+    """
+    origins = {name: f.origin for f in contents.side_files for name in f.write(folder)}
+    (folder / "README.md").write_text(model_card(contents), "utf-8")
+    if len(contents.shards) > 1:
+        weight_map = {name: shard for shard, names in contents.shards.items() for name in names}
+        plan = contents.plan
+        (folder / INDEX).write_text(index_text(weight_map, plan.num_bytes, plan.num_parameters), "utf-8")
+    (folder / "config.json").write_text(contents.config, "utf-8")
+    shards = {digest.name: digest for digest in contents.digests}
+    beside = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in shards and p.name[0] != ".")
+    hashed = [_hashed(folder, path) for path in beside]
+    return {
+        "format": 1,
+        "tool": {"lora-pipeline": own_version()},
+        "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
+        "base": asdict(contents.base),
+        "adapter": asdict(contents.adapter),
+        "inputs": [asdict(digest) for digest in contents.inputs],
+        "outputs": [asdict(digest) for digest in (*contents.digests, *hashed)],
+        "side_files": origins,
+        "weights": {
+            w.name: {
+                "action": w.action.name,
+                "from": w.source,
+                "dtype": w.dtype,
+                **({"deltas": list(w.deltas)} if w.deltas else {}),
+                **_kept(contents.statistics.get(w.name)),
+            }
+            for w in contents.plan.weights
+        },
+    }
+
+
+def _hashed(folder: Path, path: Path) -> Digest:
+    file = File.at(path)
+    return Digest(path.relative_to(folder).as_posix(), file.size, sha256(file))
+
+
+def _kept(facts: Statistics | None) -> dict[str, Any]:
+    if facts is None:
+        return {}
+    return {
+        "retained": facts.retained,
+        "changed_fraction": facts.changed_fraction,
+        "relative_norm": facts.relative_norm,
+    }
+
+
+def model_card(contents: Contents) -> str:
+    """README.md with the Hub's metadata: what was merged into what, and how it was rounded."""
+    plan = contents.plan
+    base_model = contents.base.repo or contents.adapter_config.get("base_model_name_or_path")
+    hub_id = base_model if isinstance(base_model, str) and base_model.count("/") == 1 else None
+    metadata = [
+        *([f"base_model: {hub_id}"] if hub_id and not hub_id.startswith((".", "/", "~")) else []),
+        "base_model_relation: finetune",
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "- lora",
+    ]
+    merged = [w for w in plan.weights if w.deltas]
+    kinds = sorted({delta for w in merged for delta in w.deltas})
+    lines = [
+        "---",
+        *metadata,
+        "---",
+        "",
+        f"# {contents.adapter.name} merged into {contents.base.name}",
+        "",
+        f"The LoRA adapter `{contents.adapter.repo or contents.adapter.name}` added to the weights of",
+        f"`{contents.base.repo or contents.base.name}`: {len(merged)} of {len(plan.weights)} weights changed "
+        f"({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}),",
+        f"computed in {plan.merge_dtype}, rounded once to {plan.dtype}.",
+        "",
+        f"`{NAME}` holds the hashes of everything that went in and came out, `report.json` the verification.",
+        "",
+        f"Made with lora-pipeline {own_version()}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_json(path: Path, table: Mapping[str, Any]) -> None:
+    """A table as JSON, readable, ending in a newline."""
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def own_version() -> str:
+    """The version of this package; "unknown" in a bare checkout."""
+    return _version("lora-pipeline") or "unknown"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held in memory so far."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

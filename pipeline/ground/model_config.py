@@ -1,0 +1,94 @@
+"""config.json: what a merge has to know of it, and the few fields it changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.ground.errors import Refused
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+class ConfigSource(Protocol):
+    """A model's config: a file, or what a GGUF file's metadata amount to."""
+
+    @property
+    def model_type(self) -> str | None: ...
+
+    @property
+    def tied(self) -> bool | None:
+        """Whether lm_head shares the embeddings; None where the config does not say."""
+
+    @property
+    def quantization(self) -> str | None:
+        """The quant_method of a quantized checkpoint."""
+
+    def read(self) -> dict[str, Any]: ...
+
+    def text(self, edits: Mapping[str, Any]) -> str:
+        """config.json with these fields changed; the very text of the base's where there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """config.json as it stands in a folder."""
+
+    path: Path
+
+    @property
+    def model_type(self) -> str | None:
+        return self.read().get("model_type")
+
+    @property
+    def tied(self) -> bool | None:
+        config = self.read()
+        inner = config.get("text_config")
+        nested = inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
+        return config.get("tie_word_embeddings", nested)
+
+    @property
+    def quantization(self) -> str | None:
+        for config in _levels(self.read()):
+            if isinstance(found := config.get("quantization_config"), dict):
+                return str(found.get("quant_method") or "an unnamed method")
+        return None
+
+    def read(self) -> dict[str, Any]:
+        try:
+            config = json.loads(self.path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise Refused(f"{self.path.parent}: has no config.json") from None
+        except ValueError as error:
+            raise Refused(f"{self.path}: is not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise Refused(f"{self.path}: is not a table of fields")
+        return config
+
+    def text(self, edits: Mapping[str, Any]) -> str:
+        if not edits:
+            return self.path.read_text("utf-8")
+        return json.dumps(edited(self.read(), edits), indent=2, ensure_ascii=False) + "\n"
+
+
+def edited(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with fields changed; `dtype` at every depth where it stood, under the key it had."""
+    changed = json.loads(json.dumps(config))
+    for field, value in edits.items():
+        if field != "dtype":
+            changed[field] = value
+            continue
+        for level in _levels(changed):
+            for key in _DTYPE_KEYS:
+                if key in level or (level is changed and key == "dtype" and "torch_dtype" not in level):
+                    level[key] = value
+    assert isinstance(changed, dict)
+    return changed
+
+
+def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config and every table inside it."""
+    return [config, *(level for v in config.values() if isinstance(v, dict) for level in _levels(v))]

@@ -1,0 +1,45 @@
+"""Module names: what a recipe's patterns match, and which checkpoint weight an adapter's module means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+
+def matches(module: str, pattern: str) -> bool:
+    """Whether a name, glob or `re:` pattern means this module or one above it, by whole path components.
+
+    `self_attn` means model.layers.0.self_attn.q_proj; `norm` never means input_layernorm. A pattern with
+    dots matches that many components in a row; `re:` must match a whole module name.
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], module) is not None
+    parts, wanted = module.split("."), pattern.split(".")
+    runs = range(len(parts) - len(wanted) + 1)
+    return any(all(fnmatchcase(p, w) for p, w in zip(parts[i:], wanted, strict=False)) for i in runs)
+
+
+def unmatched(modules: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The modules that none of the patterns means."""
+    patterns = list(patterns)
+    return [m for m in modules if not any(matches(m, p) for p in patterns)]
+
+
+def weight_names(modules: Iterable[tuple[str, str]], renames: Mapping[str, str]) -> dict[str, str]:
+    """For each (module, parameter) the checkpoint's name for it; `renames` change leading path components."""
+    return {module: f"{_renamed(module, renames)}.{parameter}" for module, parameter in modules}
+
+
+def _renamed(module: str, renames: Mapping[str, str]) -> str:
+    for old, new in renames.items():
+        if module == old or module.startswith(f"{old}."):
+            return new + module[len(old) :]
+    return module
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """'; did you mean X' for the name most like this one, or nothing."""
+    close = get_close_matches(name, list(names), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}" if close else ""

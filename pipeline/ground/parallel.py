@@ -1,0 +1,30 @@
+"""Work in parallel, results in order: what keeps writing, hashing and computing busy at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def in_order(tasks: Iterable[Callable[[], T]], workers: int, window: int) -> Iterator[T]:
+    """Runs the tasks on `workers` threads and yields their results in the order of the tasks.
+
+    At most `window` tasks are begun and not yet handed on, which bounds the memory of their results.
+    A task that raises ends it all; tasks already begun are finished first.
+    """
+    with ThreadPoolExecutor(workers, thread_name_prefix="tile") as pool:
+        begun: deque[Future[T]] = deque()
+        try:
+            for task in tasks:
+                if len(begun) >= window:
+                    yield begun.popleft().result()
+                begun.append(pool.submit(task))
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()

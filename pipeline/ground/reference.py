@@ -1,0 +1,141 @@
+"""Merged weights recomputed on a second path: safetensors' own reader, the plain formula, float64.
+
+Nothing here shares code with what wrote the weights, but the decoding of the base's rows, which the
+caller brings; decoders are proved bit-equal to their references by the tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.ground.rounding import ulp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SAMPLES = 4  # row ranges looked at in each weight
+_SAMPLE_ELEMENTS = 1 << 16
+SLACK = 2.0**-21  # of |W| + s |B| |A|, elementwise: what a float32 sum may be off by
+
+
+def sampled_rows(name: str, num_rows: int, num_columns: int, grain: int) -> list[tuple[int, int]]:
+    """Row ranges to look at, spread over the weight, other ones for other names; all rows of a small one."""
+    rows = max(_SAMPLE_ELEMENTS // max(num_columns, 1) // grain, 1) * grain
+    if rows * _SAMPLES >= num_rows:
+        return [(0, num_rows)]
+    seed = int.from_bytes(sha256(name.encode()).digest()[:4], "little")
+    stride = num_rows // _SAMPLES
+    room = max((stride - rows) // grain, 0) + 1
+    starts = [(part * stride // grain + (seed >> part) % room) * grain for part in range(_SAMPLES)]
+    return [(start, min(start + rows, num_rows)) for start in starts if start < num_rows]
+
+
+@dataclass
+class Facts:
+    """What the samples of one weight showed, against the float64 recomputation."""
+
+    elements: int = 0
+    worst_ulp: float = 0.0  # |stored - reference| in units of the last place of the stored dtype
+    beyond: int = 0  # elements farther off than half a unit and the slack
+    changed: int = 0
+    not_finite: int = 0
+    kept: float = 0.0  # <O - W, D>
+    energy: float = 0.0  # <D, D>
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "verified_elements": self.elements,
+            "worst_ulp": self.worst_ulp,
+            "verified_retained": self.kept / self.energy if self.energy else None,
+            "verified_changed_fraction": self.changed / self.elements if self.elements else 0.0,
+        }
+
+
+class Reference:
+    """An adapter folder read with the safetensors library: float64 rows of what it adds to a module."""
+
+    def __init__(self, adapter: Path, config: Mapping[str, Any], factor: float) -> None:
+        self._path, self._config, self._factor = adapter / "adapter_model.safetensors", config, factor
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Reference:
+        from safetensors import safe_open
+
+        self._file = self._stack.enter_context(safe_open(self._path, "pt"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def delta(self, module: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows of the delta, and of |factor * scale| |B| |A|, from which the slack is taken."""
+        key = f"base_model.model.{module}"
+        A = self._file.get_tensor(f"{key}.lora_A.weight").double()
+        B = self._file.get_slice(f"{key}.lora_B.weight")[start:stop].double()
+        scale = self._scale(module, A.shape[0]) * self._factor
+        return scale * (B @ A), abs(scale) * (B.abs() @ A.abs())
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = self._config["lora_alpha"]
+        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        return float(alpha / rank**0.5 if self._config.get("use_rslora") else alpha / rank)
+
+
+def compare(
+    facts: Facts, stored: Tensor, dtype: str, base: Tensor, rounded: Tensor, delta: Tensor, size: Tensor
+) -> None:
+    """Adds one sample to the facts: stored rows against base + delta; `rounded` is the base in that dtype."""
+    W, O = base.double(), stored.double()  # noqa: E741
+    target = W + delta
+    error, unit = (O - target).abs(), ulp(target, dtype)
+    facts.elements += stored.numel()
+    facts.worst_ulp = max(facts.worst_ulp, float((error / unit).nan_to_num(nan=float("inf")).max()))
+    facts.beyond += int((~(error <= unit / 2 + SLACK * (W.abs() + size))).sum())
+    facts.changed += int((stored != rounded).sum())
+    facts.not_finite += int((~stored.isfinite()).sum())
+    facts.kept += float(((O - W) * delta).sum())
+    facts.energy += float((delta * delta).sum())
+
+
+@dataclass
+class Folder:
+    """The tensors of a written checkpoint, found and read with the safetensors library."""
+
+    path: Path
+    shards: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        from safetensors import safe_open
+
+        found: dict[str, str] = {}
+        for shard in sorted(self.path.glob("*.safetensors")):
+            with safe_open(shard, "pt") as file:
+                found |= dict.fromkeys(file.keys(), shard.name)
+        self.shards = found
+
+    def facts(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of every tensor."""
+        from safetensors import safe_open
+
+        for shard in sorted(set(self.shards.values())):
+            with safe_open(self.path / shard, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  not a dict
+                    part = file.get_slice(name)
+                    yield name, part.get_dtype(), tuple(part.get_shape())
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a 2-d tensor, in its stored dtype."""
+        from safetensors import safe_open
+
+        with safe_open(self.path / self.shards[name], "pt") as file:
+            found: Tensor = file.get_slice(name)[start:stop]
+        return found

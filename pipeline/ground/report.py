@@ -1,0 +1,129 @@
+"""What a run tells: the plan before it, the report after it. Plain data, for JSON and the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something the user should know that does not stop the run."""
+
+    text: str
+
+
+class Action(Enum):
+    """What becomes of a weight."""
+
+    copied = "bytes as they are"
+    merged = "base + delta, rounded once"
+    decoded = "quantized codes written as floats"
+    cast = "another float dtype"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWeight:
+    """One weight of the output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+    action: Action
+    source: str  # what the base holds: a safetensors dtype or a GGUF type
+    deltas: tuple[str, ...] = ()  # "LoRA rank 8 scale 2", one for each that is added
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run will do, known from headers and configs alone."""
+
+    base: str
+    adapter: str
+    output: str
+    dtype: str
+    merge_dtype: str
+    weights: tuple[PlannedWeight, ...]
+    shards: Mapping[str, int]  # file name: bytes
+    num_parameters: int
+    peak_memory: int  # bytes beyond the libraries, at most
+    disk: int  # bytes to be written
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(w.num_bytes for w in self.weights)
+
+    def count(self) -> Counter[Action]:
+        """How many weights meet each action."""
+        return Counter(w.action for w in self.weights)
+
+
+class Status(Enum):
+    passed = "passed"
+    failed = "failed"
+    skipped = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One thing verification asks: what, what was seen, what would have been right."""
+
+    name: str
+    status: Status
+    seen: str
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a run. `passed` decides whether the output is published."""
+
+    plan: Plan
+    gates: tuple[Gate, ...]
+    findings: tuple[Finding, ...] = ()
+    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # statistics, by name
+    logits: Mapping[str, Any] | None = None
+    answers: Mapping[str, str] | None = None  # prompt, and what base, adapter and merged model say
+    save: Mapping[str, Any] = field(default_factory=dict)  # seconds, peak memory, bytes
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # that verification took
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.status is not Status.failed for gate in self.gates)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For report.json: paths as the user gave them, no machine's own paths."""
+        plan = self.plan
+        return {
+            "passed": self.passed,
+            "base": plan.base,
+            "adapter": plan.adapter,
+            "dtype": plan.dtype,
+            "merge_dtype": plan.merge_dtype,
+            "gates": [{**asdict(gate), "status": gate.status.value} for gate in self.gates],
+            "findings": [f.text for f in unique(plan.findings, self.findings)],
+            "retained": retained(self.weights),
+            "logits": self.logits,
+            "answers": self.answers,
+            "counts": {action.name: n for action, n in plan.count().items()},
+            "save": dict(self.save),
+            "verify_seconds": self.seconds,
+            "weights": {name: dict(facts) for name, facts in self.weights.items()},
+        }
+
+
+def unique(*findings: Sequence[Finding]) -> list[Finding]:
+    """All findings once, in order."""
+    return list(dict.fromkeys(f for some in findings for f in some))
+
+
+def retained(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
+    """Least and mean share of the deltas that survived rounding, over the merged weights."""
+    shares = [w["retained"] for w in weights.values() if w.get("retained") is not None]
+    return {"least": min(shares), "mean": sum(shares) / len(shares)} if shares else None

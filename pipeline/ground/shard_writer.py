@@ -1,0 +1,53 @@
+"""Writing a shard at final offsets, in any order, while its hash is taken in file order."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+
+from pipeline.ground.digests import Digest
+from pipeline.ground.files import File, write_all
+
+_FICLONE = 0x40049409  # linux/fs.h: share all blocks of another file (btrfs, XFS, bcachefs, ZFS, NFS 4.2)
+
+
+class ShardWriter:
+    """A shard of known layout. `write` may be called from any thread; `hashed` in the order of the bytes."""
+
+    def __init__(self, path: Path, header: bytes, size: int, same_as: File | None) -> None:
+        self.path, self.size = path, size
+        self._sha256 = hashlib.sha256(header)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self.cloned = same_as is not None and self._clone(same_as)
+        if not self.cloned:
+            os.truncate(self._descriptor, self.size)
+            write_all(self._descriptor, 0, memoryview(header))
+
+    def _clone(self, original: File) -> bool:
+        """Shares the blocks of a file with the very same layout, where the file system can."""
+        with original.opened() as source:
+            try:
+                fcntl.ioctl(self._descriptor, _FICLONE, source)
+            except OSError:
+                return False
+        return True
+
+    def write(self, offset: int, buffer: memoryview) -> None:
+        """Writes bytes at their place, counted from the start of the file."""
+        write_all(self._descriptor, offset, buffer)
+
+    def hashed(self, buffer: memoryview) -> None:
+        """Takes the next bytes of the file into its hash."""
+        self._sha256.update(buffer)
+
+    def digest(self) -> Digest:
+        """What identifies the file, once all of it is hashed."""
+        return Digest(self.path.name, self.size, self._sha256.hexdigest())
+
+    def close(self) -> None:
+        """Closes the file; a second time does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

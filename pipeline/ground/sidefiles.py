@@ -1,0 +1,104 @@
+"""What stands beside the weights: tokenizer, templates, processors, code. Copied, never rewritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Protocol
+
+
+class Group(Enum):
+    """Files that belong together: a tokenizer comes as a set from one folder."""
+
+    tokenizer = (
+        "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
+        "vocab.json vocab.txt merges.txt *.spm *.tiktoken *.bpe spiece.model sentencepiece.bpe.model "
+        "tekken.json tokenizer.model.v* bpe.codes"
+    )
+    template = "chat_template.jinja chat_template.json additional_chat_templates/*.jinja"
+    other = (
+        "generation_config.json preprocessor_config.json processor_config.json image_processor_config.json "
+        "video_preprocessor_config.json audio_tokenizer_config.json feature_extractor_config.json "
+        "params.json modules.json config_sentence_transformers.json sentence_bert_config.json "
+        "*.py LICENSE* LICENCE* NOTICE* USE_POLICY*"
+    )
+
+    @property
+    def patterns(self) -> list[str]:
+        return self.value.split()
+
+
+class SideFile(Protocol):
+    """One or more files beside the weights, and whose they are."""
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def has_template(self) -> bool: ...
+
+    def write(self, folder: Path) -> list[str]:
+        """Writes into the folder; the names written, relative to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A file taken over byte for byte from the folder of `origin` ("base" or "adapter")."""
+
+    name: str
+    path: Path
+    group: Group
+    origin: str
+
+    @property
+    def has_template(self) -> bool:
+        """Whether a chat template is in it."""
+        if self.group is Group.template:
+            return self.name.startswith("chat_template")
+        if self.name != "tokenizer_config.json":
+            return False
+        try:
+            return bool(json.loads(self.path.read_text("utf-8")).get("chat_template"))
+        except (ValueError, AttributeError):
+            return False
+
+    def write(self, folder: Path) -> list[str]:
+        target = folder / self.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.path, target)
+        return [self.name]
+
+
+def side_files(folder: Path, origin: str) -> tuple[SideFile, ...]:
+    """The side files of a checkpoint or adapter folder, in order of their names."""
+    found: list[SideFile] = []
+    for path in sorted(folder.rglob("*.jinja")) + sorted(folder.iterdir()):
+        name = path.relative_to(folder).as_posix()
+        group = next((g for g in Group if any(fnmatch(name, p) for p in g.patterns)), None)
+        if group and path.is_file() and all(name != getattr(f, "name", None) for f in found):
+            found.append(Copied(name, path, group, origin))
+    return tuple(found)
+
+
+def chosen(base: Sequence[SideFile], adapter: Sequence[SideFile]) -> list[SideFile]:
+    """The base's files, with the adapter's tokenizer and template instead where it brings its own.
+
+    The tokenizer is one set: the adapter's if it holds tokenizer.json or tokenizer.model. The template
+    is the adapter's if it has one, in a file or in the tokenizer's config.
+    """
+    brings = any(getattr(f, "name", "") in {"tokenizer.json", "tokenizer.model"} for f in adapter)
+    tokenizer = [f for f in (adapter if brings else base) if f.group is Group.tokenizer]
+    own_template = [f for f in adapter if f.group is Group.template] if brings else []
+    if own_template or (brings and any(f.has_template for f in tokenizer)):
+        template = own_template
+    else:
+        template = [f for f in base if f.group is Group.template]
+    return [*tokenizer, *template, *(f for f in base if f.group is Group.other)]

@@ -1,0 +1,86 @@
+"""Plans and reports as people read them in a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from pipeline.ground.report import Action, Plan, Report, Status, retained, unique
+from pipeline.ground.units import show_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console() -> Console:
+    """Standard output; plain text where it is no terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def show_plan(plan: Plan, every_weight: bool = False) -> None:
+    """The plan; with `every_weight` a line for each that changes."""
+    out = console()
+    counts, deltas = plan.count(), Counter(delta for w in plan.weights for delta in w.deltas)
+    lines = [
+        ("base", plan.base),
+        ("adapter", f"{plan.adapter}: " + ", ".join(f"{n} x {kind}" for kind, n in deltas.most_common(6))),
+        ("weights", ", ".join(f"{n} {action.name} ({action.value})" for action, n in counts.items())),
+        ("arithmetic", f"in {plan.merge_dtype}, stored as {plan.dtype}"),
+    ]
+    if plan.output and plan.disk:
+        files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
+        lines.append(("output", f"{plan.output}: {show_bytes(plan.disk)} in {files}"))
+        lines.append(("memory", f"at most {show_bytes(plan.peak_memory)} beyond the libraries"))
+    _show(out, "plan", lines)
+    if every_weight:
+        for w in plan.weights:
+            if w.action is not Action.copied:
+                out.print(
+                    f"  {w.name} {list(w.shape)} {w.source} -> {w.dtype}: {', '.join(w.deltas) or w.action.name}"
+                )
+    for finding in plan.findings:
+        out.print(f"  note: {finding.text}")
+
+
+def show_report(report: Report, stands_at: str) -> None:
+    """What was done, what verification saw, the answers, and where the result is."""
+    out = console()
+    save, kept = report.save, retained(report.weights)
+    if save:
+        rate = show_bytes(save["bytes"] / max(save["seconds"], 1e-9))
+        done = f"{show_bytes(save['bytes'])} in {show_seconds(save['seconds'])} ({rate}/s)"
+        lines = [("written", f"{done}, peak memory {show_bytes(save['peak_memory'])}")]
+        if kept:
+            share = f"{kept['mean']:.4f} of the delta on average, at least {kept['least']:.4f}"
+            lines.append(("rounding kept", share))
+        _show(out, "merged", lines)
+    marks = {Status.passed: "ok", Status.failed: "FAILED", Status.skipped: "skipped"}
+    if report.gates:
+        out.print(f"verified in {show_seconds(report.seconds)}")
+        for gate in report.gates:
+            wanted = "" if gate.status is Status.passed else f" (wanted: {gate.wanted})"
+            out.print(f"  {marks[gate.status]:8}{gate.name}: {gate.seen}{wanted}", markup=False)
+    for finding in unique(report.plan.findings, report.findings):
+        out.print(f"  note: {finding.text}", markup=False)
+    if report.answers:
+        _show(out, "answers", [(key, " ".join(text.split())) for key, text in report.answers.items()])
+    out.print(stands_at, markup=False)
+
+
+def show_sweep(rows: list[dict[str, Any]]) -> None:
+    """One line for each run of a sweep."""
+    from rich.table import Table
+
+    table = Table("run", "result", "size", "rounding kept", "KL ratio", "time", box=None)
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in ("run", "result", "size", "retained", "ratio", "time")))
+    console().print(table)
+
+
+def _show(out: Console, title: str, lines: list[tuple[str, str]]) -> None:
+    out.print(title)
+    width = max(len(name) for name, _ in lines) + 2
+    for name, text in lines:
+        out.print(f"  {name:{width}}{text}", markup=False)

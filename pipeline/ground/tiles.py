@@ -1,0 +1,24 @@
+"""The grid on which weights are cut: it depends on the shape alone, so that the bytes do too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+TILE_ELEMENTS = 1 << 19  # 1 MB of bf16, 2 MB of float32: stays in a core's cache, a millisecond of work
+
+
+def tile_rows(num_columns: int, grain: int) -> int:
+    """Rows of a tile: about TILE_ELEMENTS elements, a multiple of the grain."""
+    return max(TILE_ELEMENTS // max(num_columns, 1) // grain, 1) * grain
+
+
+def grid(num_rows: int, num_columns: int, grain: int) -> Iterator[tuple[int, int]]:
+    """The row ranges (start, stop) of a weight's tiles, in order."""
+    rows = tile_rows(num_columns, grain)
+    for start in range(0, num_rows, rows):
+        yield start, min(start + rows, num_rows)
+
+
+def num_tiles(num_rows: int, num_columns: int, grain: int) -> int:
+    """How many tiles `grid` gives."""
+    return -(-num_rows // tile_rows(num_columns, grain))

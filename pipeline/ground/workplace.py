@@ -1,0 +1,135 @@
+"""Where an output is made: `<output>.partial`, renamed to `output` in one step when it is whole.
+
+Nothing stands at `output` before that, whatever happens; a run that is killed leaves a `.partial`
+without config.json and index, and the next run removes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from pipeline.ground.errors import PipelineError, Refused
+
+_MARK = ".unfinished"  # stands in a folder that is ours and not whole; locked while a run writes there
+
+
+def partial(output: Path) -> Path:
+    """The folder in which `output` is made."""
+    return output.with_name(output.name + ".partial")
+
+
+def rejected(output: Path) -> Path:
+    """The folder to which an output goes that verification refused."""
+    return output.with_name(output.name + ".rejected")
+
+
+def check(output: Path) -> None:
+    """Refused if a run could not publish at `output`."""
+    if output.exists() or output.is_symlink():
+        raise Refused(f"output: '{output}' exists already; give another folder, or remove it first")
+    parent = _first_existing(output.absolute().parent)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise Refused(f"output: '{parent}' is not a folder that can be written to; give another output")
+    for folder in (partial(output), rejected(output)):
+        if folder.exists() and not _is_ours(folder):
+            raise Refused(f"output: '{folder}' is in the way and was not made by a run; move it aside")
+
+
+def free_bytes(output: Path) -> int:
+    """Bytes that can still be written where `output` will stand."""
+    return shutil.disk_usage(_first_existing(output.absolute().parent)).free
+
+
+def _first_existing(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _is_ours(folder: Path) -> bool:
+    return folder.is_dir() and (
+        (folder / _MARK).is_file() or (folder / "report.json").is_file() or not any(folder.iterdir())
+    )
+
+
+class Workplace:
+    """`with Workplace(output) as place:` makes the partial folder; leaving it unfinished removes it."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = partial(output)
+        self._lock = -1
+
+    def __enter__(self) -> Workplace:
+        check(self.output)
+        made = [p for p in self.output.absolute().parents if not p.exists()]
+        self._made = made  # parents that a run without a result takes away again
+        if self.folder.exists():
+            self._take(exist_ok=True)  # refuses if another run is at work
+            self._release()
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        self._take()
+        return self
+
+    def _take(self, exist_ok: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CREAT | (0 if exist_ok else os.O_EXCL)
+        self._lock = os.open(self.folder / _MARK, flags, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._release()
+            raise Refused(f"output: another run is writing '{self.output}'; wait for it") from None
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def publish(self) -> Path:
+        """Puts the folder at `output`, complete on disk; PipelineError if something came to stand there."""
+        return self._rename(self.output)
+
+    def reject(self) -> Path:
+        """Puts the folder aside as `<output>.rejected`, in place of an older one."""
+        target = rejected(self.output)
+        if target.exists():
+            shutil.rmtree(target)
+        return self._rename(target)
+
+    def _rename(self, target: Path) -> Path:
+        (self.folder / _MARK).unlink()
+        _settle(self.folder)
+        if target.exists():
+            raise PipelineError(f"output: '{target}' appeared during the run; the result is in {self.folder}")
+        self.folder.rename(target)
+        _fsync(target.parent)
+        self._release()
+        return target
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+        if (self.folder / _MARK).exists():
+            shutil.rmtree(self.folder)
+            for parent in self._made:
+                if parent.exists() and not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+def _settle(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,71 @@
+"""The text of `--help`, made from what is there: recipes, root keys, stages and their settings."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+from pipeline import compose, recipe_source
+from pipeline.stage import CHOICES, SLOTS, STAGES
+
+_HEAD = """\
+python -m pipeline KEY=VALUE ...
+
+Merges a LoRA adapter into its base checkpoint, by streaming over the files, and proves the result.
+
+  python -m pipeline recipe=llama31                            a bundled recipe
+  python -m pipeline recipe=./mine.yaml                        a file of mine
+  python -m pipeline base_model=B adapter=A output=OUT         no recipe: merge
+  python -m pipeline recipe=llama31 dry_run=true               the plan, nothing written
+  python -m pipeline -m recipe=llama31 save.dtype=bfloat16,float16      one run for each value
+"""
+
+
+def text() -> str:
+    """All of it."""
+    parts = [_HEAD, "recipes", *(_line(name, _about(path)) for name, path in recipe_source.names().items())]
+    docs = field_docs(compose.Root)
+    parts += ["", "keys", *(_line(key, docs.get(key, "")) for key in ("recipe", *compose.ROOT_KEYS))]
+    for slot, stages in STAGES.items():
+        parts += ["", f"{slot}="]
+        if slot in CHOICES:
+            parts.append(_line("auto", _first(CHOICES[slot].__doc__)))
+        shared = {f.name for f in fields(SLOTS[slot])}
+        for name, cls in stages.items():
+            parts.append(_line(name, _first(cls.__doc__)))
+            for setting, doc in field_docs(cls).items():
+                if setting not in shared:
+                    parts.append(_line(f"  {slot}.{setting}", doc))
+    return "\n".join(parts) + "\n"
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass's own body."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {"recipe": "name of a recipe, or ./path of one"} if cls is compose.Root else {}
+    for one, after in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(one, ast.AnnAssign)
+            and isinstance(one.target, ast.Name)
+            and isinstance(after, ast.Expr)
+        ):
+            if isinstance(after.value, ast.Constant):
+                docs[one.target.id] = str(after.value.value)
+    return docs
+
+
+def _about(path: Path) -> str:
+    first = path.read_text("utf-8").partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def _first(doc: str | None) -> str:
+    return (doc or "").strip().splitlines()[0]
+
+
+def _line(name: str, about: str) -> str:
+    return f"  {name:26} {about}".rstrip()

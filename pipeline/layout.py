@@ -1,0 +1,137 @@
+"""Where every weight of an output lies, before a byte of it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from pipeline.ground import dtypes, tiles
+from pipeline.ground.report import Action, PlannedWeight
+from pipeline.ground.shards import SINGLE, Shard, Slot, lay_out
+from pipeline.weight import Checkpoint, Decoded, Merged, ShardLayout, Weight
+
+_LARGEST_SHARD = 50 * 10**9  # bytes, where neither base nor recipe says; what transformers 5 does
+
+StoredDtype = Callable[[Weight], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A weight, and the bytes of a shard that it will fill."""
+
+    weight: Weight
+    slot: Slot
+
+    @property
+    def action(self) -> Action:
+        if isinstance(self.weight, Merged):
+            return Action.merged
+        if self.weight.source is None:
+            return Action.decoded
+        return Action.copied if self.slot.dtype == self.weight.dtype else Action.cast
+
+    @property
+    def grid(self) -> list[tuple[int, int]]:
+        """The row ranges in which it is computed."""
+        return list(tiles.grid(self.weight.num_rows, self.weight.num_columns, self.weight.grain))
+
+    def planned(self) -> PlannedWeight:
+        """This weight for the plan."""
+        base = self.weight.base if isinstance(self.weight, Merged) else self.weight
+        return PlannedWeight(
+            name=self.slot.name,
+            shape=self.slot.shape,
+            dtype=self.slot.dtype,
+            num_bytes=self.slot.length,
+            action=self.action,
+            source=base.entry.dtype if isinstance(base, Decoded) else base.dtype,
+            deltas=tuple(p.describe() for p in self.weight.placed) if isinstance(self.weight, Merged) else (),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """A file to be written; `original` is the base's file where header and layout stay the same."""
+
+    name: str
+    header: bytes
+    places: tuple[Place, ...]
+    original: Shard | None
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(place.slot.length for place in self.places)
+
+
+def plan_shards(
+    checkpoint: Checkpoint[Weight], dtype: StoredDtype, max_shard_size: int | None
+) -> tuple[PlannedShard, ...]:
+    """The shards of the output: the base's own, or groups of at most `max_shard_size` bytes."""
+    weights = {weight.name: weight for weight in checkpoint.weights}
+    shards: Iterable[ShardLayout] = checkpoint.shards
+    if max_shard_size or not checkpoint.shards:
+        shards = _grouped(checkpoint.weights, dtype, max_shard_size or _LARGEST_SHARD)
+    return tuple(_plan_shard(shard, weights, dtype) for shard in shards)
+
+
+def _plan_shard(shard: ShardLayout, weights: Mapping[str, Weight], dtype: StoredDtype) -> PlannedShard:
+    tensors = [(name, dtype(weights[name]), weights[name].shape) for name in shard.weights]
+    original = shard.original
+    if original and tensors == [(e.name, e.dtype, e.shape) for e in original.entries]:
+        header = original.header
+        slots = tuple(
+            Slot(e.name, e.dtype, e.shape, e.extent.offset, e.extent.length) for e in original.entries
+        )
+    else:
+        metadata = {"format": "pt"} | (dict(original.metadata) if original else {})
+        header, slots = lay_out(tensors, metadata)
+        original = None
+    return PlannedShard(shard.name, header, tuple(Place(weights[s.name], s) for s in slots), original)
+
+
+def _grouped(weights: Iterable[Weight], dtype: StoredDtype, limit: int) -> list[ShardLayout]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for weight in weights:
+        size = dtypes.num_bytes(dtype(weight), weight.shape) or 0
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(weight.name)
+        filled += size
+    if len(groups) == 1:
+        return [ShardLayout(SINGLE, tuple(groups[0]))]
+    count = len(groups)
+    return [
+        ShardLayout(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, 1)
+    ]
+
+
+def tile_bytes(shards: Iterable[PlannedShard]) -> int:
+    """Bytes that the largest tile needs while it is computed: raw, base, delta, value, stored."""
+    width = {True: 8 * 3 + 4, False: 4 * 3 + 4}
+    return max(
+        (
+            min(tiles.tile_rows(w.num_columns, w.grain), w.num_rows)
+            * w.num_columns
+            * width[isinstance(w, Merged) and w.arithmetic == "F64"]
+            for shard in shards
+            for w in (place.weight for place in shard.places)
+        ),
+        default=0,
+    )
+
+
+def factor_bytes(shards: Iterable[PlannedShard]) -> int:
+    """Bytes of the largest weight's deltas in memory."""
+    return max(
+        (
+            sum(prod(entry.shape) * 8 for placed in w.placed for entry in placed.delta.entries)
+            for shard in shards
+            for w in (place.weight for place in shard.places)
+            if isinstance(w, Merged)
+        ),
+        default=0,
+    )

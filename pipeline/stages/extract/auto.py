@@ -1,0 +1,12 @@
+"""extract=auto: which extraction a request means."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.stage import Extract, choice
+
+
+@choice(Extract)
+def auto(request: Mapping[str, Any]) -> str:
+    """peft: the adapter that `adapter` names."""
+    return "peft"

@@ -1,0 +1,58 @@
+"""extract=peft: an adapter that PEFT has written, from its folder or the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.ground import hub
+from pipeline.ground.adapter_format import AdapterFile, read_adapter
+from pipeline.ground.errors import Refused
+from pipeline.ground.files import File
+from pipeline.ground.names import unmatched
+from pipeline.ground.sidefiles import side_files
+from pipeline.stage import Extract, stage
+from pipeline.weight import Adapter
+
+
+@stage("peft")
+@dataclass(frozen=True, kw_only=True)
+class Peft(Extract):
+    """An adapter folder with adapter_config.json and adapter_model.safetensors."""
+
+    def check(self) -> None:
+        self()
+
+    def __call__(self) -> Adapter:
+        origin = hub.locate("adapter", self.adapter, hub.ADAPTER, download=not self.dry_run)
+        file = read_adapter(origin.folder)
+        if differences := self._differences(file):
+            raise Refused(*differences)
+        return Adapter(
+            deltas=file.deltas,
+            config=file.config,
+            origin=origin,
+            files=(file.shard.file, File.at(file.config_path)),
+            side_files=side_files(origin.folder, "adapter"),
+        )
+
+    def _differences(self, file: AdapterFile) -> list[str]:
+        """How the adapter differs from what the recipe says of it."""
+        differences = []
+        ranks = sorted({delta.rank for delta in file.deltas.values() if delta.rank is not None})
+        if self.rank is not None and ranks != [self.rank]:
+            differences.append(f"rank: the recipe says {self.rank}, the adapter has {_listed(ranks)}")
+        alphas = sorted({file.config["lora_alpha"], *(file.config.get("alpha_pattern") or {}).values()})
+        if self.alpha is not None and alphas != [self.alpha]:
+            differences.append(f"alpha: the recipe says {self.alpha:g}, the adapter has {_listed(alphas)}")
+        if self.targeted_modules is not None:
+            beyond = unmatched(file.deltas, self.targeted_modules)
+            if beyond:
+                differences.append(
+                    f"targeted_modules: the recipe covers {_listed(self.targeted_modules)}, but the adapter "
+                    f"also changes {beyond[0]} ({len(beyond)} modules not covered)"
+                )
+        return differences
+
+
+def _listed(values: object) -> str:
+    return ", ".join(str(v) for v in values)  # type: ignore[attr-defined]

@@ -1,0 +1,56 @@
+"""save=existing: writes nothing, takes the merged model that stands at `output` (recipe=verify)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+from pipeline.ground import dtypes
+from pipeline.ground.errors import Refused
+from pipeline.ground.manifest import NAME, published
+from pipeline.ground.report import Plan
+from pipeline.ground.shards import read_checkpoint
+from pipeline.layout import plan_shards
+from pipeline.stage import Save, stage
+from pipeline.weight import Adapter, Checkpoint, Merged, Output, Weight
+
+
+@stage("existing")
+@dataclass(frozen=True, kw_only=True)
+class Existing(Save):
+    """A merged model made earlier, by this tool or another."""
+
+    writes: ClassVar[bool] = False
+
+    def check(self) -> None:
+        if not self.output.is_dir():
+            raise Refused(
+                f"output: '{self.output}' is not a folder; save=existing checks a merged model there"
+            )
+        read_checkpoint(self.output)
+
+    def plan(self, merged: Checkpoint[Weight], adapter: Adapter) -> Plan:
+        shards = read_checkpoint(self.output)
+        stored = {e.name: e.dtype for shard in shards for e in shard.entries}
+        planned = plan_shards(merged, lambda w: stored.get(w.name, w.dtype), None)
+        arithmetic = {w.arithmetic for w in merged.weights if isinstance(w, Merged)}
+        return Plan(
+            base=published(merged.origin).name,
+            adapter=published(adapter.origin).name,
+            output=self.output.name,
+            dtype=", ".join(sorted({dtypes.config_name(d) for d in stored.values()})),
+            merge_dtype=", ".join(sorted(dtypes.config_name(dtype) for dtype in arithmetic)),
+            weights=tuple(place.planned() for shard in planned for place in shard.places),
+            shards={shard.file.path.name: shard.file.size for shard in shards},
+            num_parameters=sum(prod(weight.shape) for weight in merged.weights),
+            peak_memory=0,
+            disk=0,
+            findings=(*merged.findings, *adapter.findings),
+        )
+
+    def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:
+        manifest = self.output / NAME
+        known = json.loads(manifest.read_text("utf-8")) if manifest.is_file() else {}
+        return Output(self.output, self.plan(merged, adapter), merged, adapter, manifest=known)

@@ -1,0 +1,198 @@
+"""verify=standard: the files, samples of every merged weight in float64, and the model's answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from math import prod
+from typing import Any
+
+from pipeline.ground import logits
+from pipeline.ground.device import check_device, resolve_device
+from pipeline.ground.errors import Refused
+from pipeline.ground.reference import Facts, Folder, Reference, compare, sampled_rows
+from pipeline.ground.report import Action, Gate, Report, Status
+from pipeline.ground.rounding import round_to
+from pipeline.ground.units import show_bytes
+from pipeline.stage import Verify, stage
+from pipeline.stages.verify.structure import effect, files, report
+from pipeline.weight import Adapter, Checkpoint, Merged, Output, Weight
+
+
+@stage("standard")
+@dataclass(frozen=True, kw_only=True)
+class Standard(Verify):
+    """Files, weights and logits; a tier that fails skips the ones after it."""
+
+    tokens: int = 512
+    """tokens of text on which logits are compared; 0 leaves that out"""
+    prompt: str | None = None
+    """something that base, adapter and merged model each answer, for people to read"""
+    max_ratio: float = 0.01
+    """largest KL(adapter||merged) / KL(adapter||base), judged by its 95 % interval"""
+    min_retained: float = 0.9
+    """least share of the deltas that survives rounding"""
+
+    def check(self) -> None:
+        check_device(self.device)
+        if self.tokens < 0:
+            raise Refused(f"verify.tokens: {self.tokens} is not a number of tokens; 0 compares no logits")
+
+    def __call__(self, output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Report:
+        begun = time.monotonic()
+        findings: list[str] = []
+        weights = output.statistics_as_dicts()
+        gates = files(output, base)
+        if _all_passed(gates):
+            facts = recompute(output, adapter)
+            weights = {name: {**weights.get(name, {}), **f.as_dict()} for name, f in facts.items()}
+            gates += self._judged(output, facts, weights, findings)
+        outcome = None
+        if _all_passed(gates):
+            outcome = self._answers(output, base, gates, findings)
+        return report(
+            output,
+            gates,
+            *findings,
+            weights=weights,
+            logits=outcome.figures if outcome else None,
+            answers=outcome.answers if outcome else None,
+            seconds=time.monotonic() - begun,
+        )
+
+    def _judged(
+        self, output: Output, facts: dict[str, Facts], weights: dict[str, dict[str, Any]], findings: list[str]
+    ) -> list[Gate]:
+        gates = [rounding(output, facts)]
+        if output.statistics:
+            gates.append(effect(weights))
+        else:
+            gates.append(_sampled_effect(facts))
+        if still := [name for name, f in facts.items() if not f.energy]:
+            findings.append(f"the delta of {still[0]} is zero ({len(still)} weights)")
+        energy = sum(f.energy for f in facts.values())
+        retained = sum(f.kept for f in facts.values()) / energy if energy else 1.0
+        status = Status.passed if retained >= self.min_retained else Status.failed
+        hint = "" if status is Status.passed else "; save.dtype=float16 or float32 rounds less"
+        gates.append(
+            Gate("retained", status, f"{retained:.4f} of the delta{hint}", f">= {self.min_retained:g}")
+        )
+        weak = [n for n, f in facts.items() if f.energy and f.kept / f.energy < self.min_retained]
+        if weak and status is Status.passed:
+            findings.append(
+                f"rounding kept less than {self.min_retained:g} of the delta of {weak[0]} ({len(weak)} weights)"
+            )
+        return gates
+
+    def _answers(
+        self, output: Output, base: Checkpoint[Weight], gates: list[Gate], findings: list[str]
+    ) -> logits.Outcome | None:
+        name, wanted = "logits", f"ratio <= {self.max_ratio:g}"
+        if not self.tokens:
+            return None
+        vocabulary = max((prod(w.shape[:1]) for w in base.weights if len(w.shape) == 2), default=1)
+        needed = logits.memory_needed(output.plan.num_parameters, vocabulary, self.tokens)
+        free = self.memory_limit or logits.memory_free()
+        if needed > free:
+            findings.append(
+                f"logits were not compared: that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free"
+            )
+            gates.append(Gate(name, Status.skipped, "not enough memory", wanted))
+            return None
+        models = logits.Models(output.folder, output.adapter.origin.folder, base_model(base))
+        text = package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
+        factor = _factor(output.merged)
+        try:
+            outcome = logits.compare(
+                models, text, self.tokens, self.prompt, factor, resolve_device(self.device)
+            )
+        except logits.CannotCompare as reason:
+            findings.append(f"logits were not compared, because base and adapter do not load: {reason}")
+            gates.append(Gate(name, Status.skipped, "base and adapter do not load", wanted))
+            return None
+        findings += outcome.assumed
+        low = outcome.figures["ratio_interval"][0]
+        sound = low <= self.max_ratio and outcome.figures["finite"]
+        gates.append(
+            Gate(name, Status.passed if sound else Status.failed, logits.as_text(outcome.figures), wanted)
+        )
+        return outcome
+
+
+def _all_passed(gates: list[Gate]) -> bool:
+    return all(gate.status is not Status.failed for gate in gates)
+
+
+def _factor(merged: Checkpoint[Weight]) -> float:
+    return next(p.factor for w in merged.weights if isinstance(w, Merged) for p in w.placed)
+
+
+def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
+    """Samples of every merged weight of the folder against base + delta in float64."""
+    folder, found = Folder(output.folder), {}
+    path = adapter.origin.folder
+    stored = {w.name: w.dtype for w in output.plan.weights if w.action is Action.merged}
+    merged = [w for w in output.merged.weights if isinstance(w, Merged)]
+    with Reference(path, adapter.config, _factor(output.merged)) as reference:
+        for weight in merged:
+            facts = found[weight.name] = Facts()
+            [placed] = weight.placed
+            with weight.base.open("cpu") as tiles:
+                for start, stop in sampled_rows(
+                    weight.name, weight.num_rows, weight.num_columns, weight.grain
+                ):
+                    base = tiles(start, stop).base
+                    delta, size = reference.delta(placed.delta.module, start, stop)
+                    dtype = stored[weight.name]
+                    rows = folder.rows(weight.name, start, stop)
+                    compare(facts, rows, dtype, base, round_to(base, dtype), delta, size)
+    return found
+
+
+def rounding(output: Output, facts: dict[str, Facts]) -> Gate:
+    """Merged weights within half a unit in the last place; a figure only where arithmetic is narrower."""
+    worst = max(facts, key=lambda name: facts[name].worst_ulp)
+    beyond = sum(f.beyond for f in facts.values())
+    seen = f"worst {facts[worst].worst_ulp:.4f} ulp of {sum(f.elements for f in facts.values()):,} elements"
+    if not {"float32", "float64"} & set(output.plan.merge_dtype.split(", ")):
+        return Gate("rounding", Status.passed, seen, f"reported only: merged in {output.plan.merge_dtype}")
+    if beyond:
+        seen += f"; {beyond} beyond, in {worst}"
+    return Gate(
+        "rounding",
+        Status.failed if beyond else Status.passed,
+        seen,
+        "half a unit and the slack of a float32 sum",
+    )
+
+
+def _sampled_effect(facts: dict[str, Facts]) -> Gate:
+    same = [name for name, f in facts.items() if f.energy and not f.changed]
+    broken = [name for name, f in facts.items() if f.not_finite]
+    seen = f"{len(facts) - len(same)} of {len(facts)} merged weights changed"
+    seen += f", not {same[0]}" if same else ""
+    seen += f"; {broken[0]} is not finite" if broken else ""
+    return Gate("effect", Status.failed if same or broken else Status.passed, seen, "all of them, all finite")
+
+
+def base_model(base: Checkpoint[Weight]) -> Callable[[type], Any]:
+    """How to get the base as a float32 model: from its folder, or from its decoded weights."""
+
+    def load(cls: Any) -> Any:
+        import torch
+
+        if all(weight.source is not None for weight in base.weights):
+            return cls.from_pretrained(base.origin.folder, dtype=torch.float32)
+        state = {}
+        for weight in base.weights:
+            with weight.open("cpu") as tiles:
+                state[weight.name] = tiles(0, weight.num_rows).value.float().view(weight.shape)
+        from transformers import AutoConfig
+
+        config = base.config.read()
+        made = AutoConfig.for_model(**config)
+        return cls.from_pretrained(None, config=made, state_dict=state, dtype=torch.float32)
+
+    return load

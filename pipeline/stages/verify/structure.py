@@ -1,0 +1,60 @@
+"""verify=structure: every name, shape, dtype and file as planned, untouched weights byte for byte."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.ground.compare import identical, structure
+from pipeline.ground.report import Finding, Gate, Report, Status
+from pipeline.stage import Verify, stage
+from pipeline.weight import Adapter, Checkpoint, Output, Weight
+
+
+@stage("structure")
+@dataclass(frozen=True, kw_only=True)
+class Structure(Verify):
+    """The files alone: what is there, and that nothing else changed."""
+
+    def __call__(self, output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Report:
+        begun = time.monotonic()
+        gates = files(output, base)
+        if all(gate.status is Status.passed for gate in gates) and output.statistics:
+            gates.append(effect(output.statistics_as_dicts()))
+        return report(output, gates, seconds=time.monotonic() - begun)
+
+
+def files(output: Output, base: Checkpoint[Weight]) -> list[Gate]:
+    """Structure of the folder; if it stands, untouched weights against the base's bytes."""
+    gate = structure(output.folder, output.plan)
+    if gate.status is Status.failed:
+        return [gate]
+    sources = {w.name: w.source for w in base.weights if w.source is not None}
+    return [gate, identical(output.folder, output.plan, sources)]
+
+
+def effect(weights: Mapping[str, Mapping[str, Any]]) -> Gate:
+    """Every target changed and nothing is infinite or NaN, by what save saw of all elements."""
+    swallowed = [name for name, facts in weights.items() if facts["moved"] and not facts["changed"]]
+    broken = [name for name, facts in weights.items() if not facts["finite"]]
+    seen = f"{len(weights) - len(swallowed)} of {len(weights)} merged weights changed"
+    if swallowed:
+        seen += f", not {swallowed[0]}"
+    if broken:
+        seen += f"; {broken[0]} is not finite"
+    status = Status.failed if swallowed or broken else Status.passed
+    return Gate("effect", status, seen, "all of them, all finite")
+
+
+def report(output: Output, gates: list[Gate], *findings: str, **parts: Any) -> Report:
+    """The report of a verified output."""
+    return Report(
+        plan=output.plan,
+        gates=tuple(gates),
+        findings=tuple(Finding(text) for text in findings),
+        save=output.manifest.get("save", {}),
+        manifest=output.manifest,
+        **{"weights": output.statistics_as_dicts(), **parts},
+    )

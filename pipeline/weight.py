@@ -1,0 +1,251 @@
+"""What flows through a run: stored weights, the dense weights they mean, an adapter, an output.
+
+Everything here is lazy and picklable - paths and offsets, never open files or tensors - so a list of
+weights is a plan. Tensors exist only inside `with weight.open(device) as tiles`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import lcm, prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+from pipeline.ground.deltas.delta import Delta
+from pipeline.ground.dtypes import torch_dtype
+from pipeline.ground.files import File, read_tensor
+from pipeline.ground.hub import Source
+from pipeline.ground.metrics import Statistics
+from pipeline.ground.model_config import ConfigSource
+from pipeline.ground.report import Finding, Plan
+from pipeline.ground.shards import Entry, Shard
+from pipeline.ground.sidefiles import SideFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """A block of rows `(rows, columns)`: the value still to be rounded, and what it is made of.
+
+    `base` is the weight before the merge; `delta` what was added, None for a weight no delta reaches.
+    """
+
+    value: Tensor
+    base: Tensor
+    delta: Tensor | None = None
+
+
+class Transform(Protocol):
+    """A change of layout or value between a file's rows and the weight's, on float32 tiles."""
+
+    @property
+    def grain(self) -> int: ...
+
+    def __call__(self, tile: Tensor) -> Tensor: ...
+
+
+Tiles = Callable[[int, int], Tile]  # tiles(start, stop) gives the rows start:stop
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A weight as its file holds it: one tensor, or packed codes, perhaps in another row order.
+
+    `shape` and `dtype` are those of the dense weight it means; `parts` maps a role ("" for the codes or
+    the tensor itself) to the bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parts: Mapping[str, Entry]
+    transform: Transform | None = None
+
+
+@dataclass(frozen=True)
+class Weight(ABC):
+    """A dense weight, by row tiles. Rows run over prod(shape[:-1]); 0-d and 1-d weights are one row."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_rows(self) -> int:
+        return prod(self.shape[:-1]) if len(self.shape) > 1 else 1
+
+    @property
+    def num_columns(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def grain(self) -> int:
+        """Rows that must stay together: every tile starts at a multiple of it."""
+        return 1
+
+    @property
+    def source(self) -> Entry | None:
+        """Where these very bytes lie in a file, as long as nothing has changed the weight."""
+        return None
+
+    @abstractmethod
+    def open(self, device: str) -> AbstractContextManager[Tiles]:
+        """Tiles computed on `device`; safe to call from several threads."""
+
+
+@dataclass(frozen=True)
+class Dense(Weight):
+    """A weight whose file holds it as plain numbers."""
+
+    entry: Entry
+
+    @property
+    def source(self) -> Entry:
+        return self.entry
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Tiles]:
+        kind, extent = torch_dtype(self.dtype), self.entry.extent
+        row = extent.length // max(self.num_rows, 1)
+        with extent.file.opened() as descriptor:
+
+            def tile(start: int, stop: int) -> Tile:
+                raw = read_tensor(descriptor, extent.offset + start * row, (stop - start) * row)
+                value = raw.to(device).view(kind).view(stop - start, self.num_columns)
+                return Tile(value, value)
+
+            yield tile
+
+
+class Rows(Protocol):
+    """A decoder of codes (ground/codes): raw bytes `(rows, row_bytes)` to float32 `(rows, columns)`."""
+
+    def __call__(self, dtype: str, raw: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Decoded(Weight):
+    """A weight whose rows the file holds as codes of their own, decoded in float32."""
+
+    entry: Entry
+    decode: Rows
+    transform: Transform | None = None
+
+    @property
+    def grain(self) -> int:
+        return self.transform.grain if self.transform else 1
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Tiles]:
+        extent = self.entry.extent
+        row = extent.length // max(self.num_rows, 1)
+        with extent.file.opened() as descriptor:
+
+            def tile(start: int, stop: int) -> Tile:
+                raw = read_tensor(descriptor, extent.offset + start * row, (stop - start) * row)
+                value = self.decode(self.entry.dtype, raw.to(device).view(stop - start, row))
+                value = self.transform(value) if self.transform else value
+                return Tile(value, value)
+
+            yield tile
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A delta bound to a weight, with the factor that the recipe gives its adapter."""
+
+    delta: Delta
+    factor: float
+
+    def describe(self) -> str:
+        """The delta in a few words: LoRA rank 8 scale 2."""
+        return self.delta.describe(self.factor)
+
+
+@dataclass(frozen=True)
+class Merged(Weight):
+    """base + the sum of its deltas, in the dtype `arithmetic`; rounding is left to whoever saves it."""
+
+    base: Weight
+    placed: tuple[Placed, ...]
+    arithmetic: str
+
+    @property
+    def grain(self) -> int:
+        return lcm(self.base.grain, *(placed.delta.grain for placed in self.placed))
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Tiles]:
+        kind = torch_dtype(self.arithmetic)
+        wide = self.arithmetic if self.arithmetic == "F64" else "F32"
+        with ExitStack() as stack:
+            base = stack.enter_context(self.base.open(device))
+            deltas = [stack.enter_context(p.delta.open(device, wide, p.factor)) for p in self.placed]
+
+            def tile(start: int, stop: int) -> Tile:
+                before = base(start, stop).value
+                delta = deltas[0](start, stop).to(kind)
+                for other in deltas[1:]:
+                    delta = delta + other(start, stop).to(kind)
+                return Tile(before.to(kind) + delta, before, delta)
+
+            yield tile
+
+
+W = TypeVar("W", bound=Weight | Stored, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """A file of the checkpoint and its weights in order; `original` is the base's file, if it is one."""
+
+    name: str
+    weights: tuple[str, ...]
+    original: Shard | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint(Generic[W]):
+    """Weights in file order, the layout of their files, and everything that travels beside them."""
+
+    weights: tuple[W, ...]
+    shards: tuple[ShardLayout, ...]
+    dtype: str  # the main one: what `save.dtype=keep` means for weights that have no dtype of their own
+    config: ConfigSource
+    origin: Source
+    files: tuple[File, ...]  # the weight files it was read from
+    config_edits: Mapping[str, Any] = field(default_factory=dict)
+    side_files: tuple[SideFile, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Deltas by the adapter's own module names; nothing is bound to a base yet."""
+
+    deltas: Mapping[str, Delta]
+    config: Mapping[str, Any]
+    origin: Source
+    files: tuple[File, ...]
+    side_files: tuple[SideFile, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What save wrote (or found): the folder, how its weights came about, and what it measured."""
+
+    folder: Path
+    plan: Plan
+    merged: Checkpoint[Weight]
+    adapter: Adapter
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    def statistics_as_dicts(self) -> dict[str, dict[str, Any]]:
+        """For the report."""
+        return {name: statistics.as_dict() for name, statistics in self.statistics.items()}
