@@ -170,7 +170,8 @@ def _composition_sentence(error: Exception) -> str:
         return str(error)
     text = " ".join(str(part) for part in (error, error.__cause__) if part is not None)
     if found := re.search(r"[Cc]ould not (?:find|load) '?recipe/([^'\n]+?)'?(?:\.|\n|$|\s)", text):
-        return f"recipe: no recipe '{found[1]}'{nearest(found[1], recipe_source.names())}; there are {_listed(recipe_source.names())}"
+        known = recipe_source.names()
+        return f"recipe: no recipe '{found[1]}'{nearest(found[1], known)}; there are {_listed(known)}"
     if found := re.search(r"[Cc]ould not (?:find|load) '(\w+)/([^'\n]+)'", text):
         slot = found[1]
         return f"{slot}: no stage '{found[2]}'; choose {_listed(_choices(slot))}"

@@ -100,7 +100,8 @@ def register() -> None:
 
 def build(cfg: DictConfig) -> Pipeline:
     """The pipeline of a composed config; Refused, with all reasons, where a value is missing or unfit."""
-    stages, wrong = {}, []
+    stages: dict[str, type[Stage]] = {}
+    wrong: list[str] = []
     for slot in SLOTS:
         try:
             stages[slot] = _chosen(slot, cfg)
@@ -136,7 +137,7 @@ def _chosen(slot: str, cfg: DictConfig) -> type[Stage]:
 
 
 def _own_values(slot: str, cls: type[Stage], cfg: DictConfig) -> dict[str, Any]:
-    """The settings under the slot; under `auto`, those that were changed, all of which the stage must have."""
+    """The settings under the slot; under `auto` those that were changed, which the stage must all have."""
     values = vars(OmegaConf.to_object(cfg[slot]))
     if OmegaConf.get_type(cfg, slot) is not offered(slot).get("auto") or "auto" in STAGES[slot]:
         return values

@@ -48,13 +48,9 @@ def field_docs(cls: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     docs = {"recipe": "name of a recipe, or ./path of one"} if cls is compose.Root else {}
     for one, after in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(one, ast.AnnAssign)
-            and isinstance(one.target, ast.Name)
-            and isinstance(after, ast.Expr)
-        ):
-            if isinstance(after.value, ast.Constant):
-                docs[one.target.id] = str(after.value.value)
+        match one, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=doc)):
+                docs[name] = str(doc)
     return docs
 
 

@@ -25,7 +25,7 @@ from pipeline.weight import Adapter, Checkpoint, Output, Stored, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage(ABC):
+class Stage(ABC):  # noqa: B024  its slots say what calling means
     """What all stages share."""
 
     def check(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +57,7 @@ def write_shards(
     sizes: dict[str, int] = {}
     with ExitStack() as opened, _one_thread_each():  # what a failed run leaves open is closed here
         tasks = _tasks(shards, folder, device, opened, lambda writer: digests.append(writer.digest()))
-        done = opened.enter_context(closing(in_order(tasks, num_workers(), window)))
+        done = opened.enter_context(in_order(tasks, num_workers(), window))
         for chunk in done:
             if not isinstance(chunk, _Chunk):
                 chunk()

@@ -121,10 +121,7 @@ class Dense(Weight):
             yield tile
 
 
-class Rows(Protocol):
-    """A decoder of codes (ground/codes): raw bytes `(rows, row_bytes)` to float32 `(rows, columns)`."""
-
-    def __call__(self, dtype: str, raw: Tensor) -> Tensor: ...
+Decode = Callable[[str, "Tensor"], "Tensor"]  # ground/codes: raw (rows, bytes) to float32 (rows, columns)
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class Decoded(Weight):
     """A weight whose rows the file holds as codes of their own, decoded in float32."""
 
     entry: Entry
-    decode: Rows
+    decode: Decode
     transform: Transform | None = None
 
     @property

@@ -26,7 +26,33 @@ PREFIX = "base_model.model."
 
 # Fields that describe, or say how it was trained, and do not change what the tensors mean.
 _INFORMATIVE = frozenset(
-    ["auto_mapping", "base_model_name_or_path", "bias", "eva_config", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "exclude_modules", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "r", "alpha_pattern", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "ensure_weight_tying", "qalora_group_size", "fan_in_fan_out"]
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
 )
 # Fields that change the result, and what each brings; refused when set.
 _UNSUPPORTED = {

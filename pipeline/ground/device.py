@@ -8,7 +8,7 @@ from pipeline.ground.errors import Refused
 
 
 def check_device(device: str) -> None:
-    """Refused for a device that has no such name, or that this machine has not; imports torch only if asked."""
+    """Refused for a device that does not exist or is not here; imports torch only if one is named."""
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
         raise Refused(f"device: {device!r} is none of auto, cpu, cuda, cuda:1, mps, xpu")
     if device not in ("auto", "cpu"):

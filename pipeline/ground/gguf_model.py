@@ -1,4 +1,4 @@
-"""What a GGUF file's metadata amount to beside the weights: config and tokenizer, as transformers makes them."""
+"""What a GGUF file holds beside the weights: config and tokenizer, as transformers makes them."""
 
 from __future__ import annotations
 

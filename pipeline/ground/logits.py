@@ -24,7 +24,7 @@ _RESAMPLES = 1000
 _NEW_TOKENS = 48
 
 
-class CannotCompare(PipelineError):
+class CannotCompare(PipelineError):  # noqa: N818  it reads like what happened
     """Base and adapter themselves do not load or run here: nothing is said about the merge."""
 
 
@@ -241,6 +241,7 @@ def _quiet() -> Iterator[None]:
 def as_text(figures: Mapping[str, Any]) -> str:
     """The figures in one line."""
     return (
-        f"KL(adapter||merged) {figures['kl_mean']:.2g}, of KL(adapter||base) {figures['kl_adapter_base']:.2g}: "
-        f"ratio {figures['ratio']:.2g}, top-1 agreement {figures['top1_agreement']:.2%}"
+        f"KL(adapter||merged) {figures['kl_mean']:.2g}, "
+        f"of KL(adapter||base) {figures['kl_adapter_base']:.2g}: ratio {figures['ratio']:.2g}, "
+        f"top-1 agreement {figures['top1_agreement']:.2%}"
     )

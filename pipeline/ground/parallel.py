@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def in_order(tasks: Iterable[Callable[[], T]], workers: int, window: int) -> Iterator[T]:
-    """Runs the tasks on `workers` threads and yields their results in the order of the tasks.
+@contextmanager
+def in_order(tasks: Iterable[Callable[[], T]], workers: int, window: int) -> Iterator[Iterator[T]]:
+    """Runs the tasks on `workers` threads; gives their results in the order of the tasks.
 
-    At most `window` tasks are begun and not yet handed on, which bounds the memory of their results.
-    A task that raises ends it all; tasks already begun are finished first.
+    At most `window` tasks are begun and not yet handed on, which bounds the memory of their results. A
+    task that raises ends it; leaving the `with` drops what has not begun and waits for what has.
     """
-    with ThreadPoolExecutor(workers, thread_name_prefix="tile") as pool:
-        begun: deque[Future[T]] = deque()
-        try:
-            for task in tasks:
-                if len(begun) >= window:
-                    yield begun.popleft().result()
-                begun.append(pool.submit(task))
-            while begun:
+    begun: deque[Future[T]] = deque()
+
+    def results() -> Iterator[T]:
+        for task in tasks:
+            if len(begun) >= window:
                 yield begun.popleft().result()
+            begun.append(pool.submit(task))
+        while begun:
+            yield begun.popleft().result()
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="tile") as pool:
+        try:
+            yield results()
         finally:
             for future in begun:
                 future.cancel()

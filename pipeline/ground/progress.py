@@ -1,4 +1,4 @@
-"""A bar of bytes with speed and time to go, on stderr; on something that is no terminal, a line now and then."""
+"""A bar of bytes with speed and time to go, on stderr; a line now and then where that is no terminal."""
 
 from __future__ import annotations
 

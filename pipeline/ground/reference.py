@@ -133,9 +133,13 @@ class Folder:
                     yield name, part.get_dtype(), tuple(part.get_shape())
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a 2-d tensor, in its stored dtype."""
+        """Rows start:stop of a matrix, in its stored dtype; all of any other tensor, as such rows."""
         from safetensors import safe_open
 
         with safe_open(self.path / self.shards[name], "pt") as file:
-            found: Tensor = file.get_slice(name)[start:stop]
-        return found
+            part = file.get_slice(name)
+            if len(part.get_shape()) == 2:
+                found: Tensor = part[start:stop]
+                return found
+            whole: Tensor = file.get_tensor(name)
+        return whole.view(-1, whole.shape[-1] if whole.dim() > 1 else whole.numel())[start:stop]

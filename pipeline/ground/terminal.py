@@ -37,9 +37,8 @@ def show_plan(plan: Plan, every_weight: bool = False) -> None:
     if every_weight:
         for w in plan.weights:
             if w.action is not Action.copied:
-                out.print(
-                    f"  {w.name} {list(w.shape)} {w.source} -> {w.dtype}: {', '.join(w.deltas) or w.action.name}"
-                )
+                what = ", ".join(w.deltas) or w.action.name
+                out.print(f"  {w.name} {list(w.shape)} {w.source} -> {w.dtype}: {what}", markup=False)
     for finding in plan.findings:
         out.print(f"  note: {finding.text}")
 

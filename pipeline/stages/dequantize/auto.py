@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 from pipeline.ground import dtypes
 from pipeline.ground.codes import gguf
@@ -14,7 +14,13 @@ from pipeline.weight import Checkpoint, Decoded, Dense, Stored, Weight
 
 def dense(checkpoint: Checkpoint[Stored], weight: Callable[[Stored], Weight]) -> Checkpoint[Weight]:
     """The checkpoint with each stored weight as what `weight` makes of it; all refusals at once."""
-    made, wrong = [], []
+    if method := checkpoint.config.quantization:
+        raise Refused(
+            f"base_model: {checkpoint.origin.asked} is quantized ({method}), which this version cannot decode; "
+            "give the model in 16 bits, or as a GGUF file"
+        )
+    made: list[Weight] = []
+    wrong: list[str] = []
     for stored in checkpoint.weights:
         try:
             made.append(weight(stored))
@@ -22,7 +28,8 @@ def dense(checkpoint: Checkpoint[Stored], weight: Callable[[Stored], Weight]) ->
             wrong += refusal.sentences
     if wrong:
         raise Refused(*wrong)
-    return replace(checkpoint, weights=tuple(made))  # type: ignore[arg-type]
+    parts = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+    return Checkpoint(**{**parts, "weights": tuple(made)})
 
 
 @stage("auto")

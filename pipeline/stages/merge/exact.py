@@ -101,7 +101,8 @@ def _ambiguous(
     model_type = base.config.model_type
     if model_type in _CONV1D_MODELS:
         return [
-            f"base_model: is a {model_type}, whose Conv1D weights lie transposed; this version cannot merge it"
+            f"base_model: is a {model_type}, whose Conv1D weights lie transposed; "
+            "this version cannot merge it"
         ]
     if "lm_head.weight" in bound and base.config.tied:
         return [

@@ -46,6 +46,7 @@ class Standard(Verify):
         weights = output.statistics_as_dicts()
         gates = files(output, base)
         if _all_passed(gates):
+            gates.append(converted(output))
             facts = recompute(output, adapter)
             weights = {name: {**weights.get(name, {}), **f.as_dict()} for name, f in facts.items()}
             gates += self._judged(output, facts, weights, findings)
@@ -82,7 +83,8 @@ class Standard(Verify):
         weak = [n for n, f in facts.items() if f.energy and f.kept / f.energy < self.min_retained]
         if weak and status is Status.passed:
             findings.append(
-                f"rounding kept less than {self.min_retained:g} of the delta of {weak[0]} ({len(weak)} weights)"
+                f"rounding kept less than {self.min_retained:g} of the delta of {weak[0]} "
+                f"({len(weak)} weights)"
             )
         return gates
 
@@ -97,7 +99,8 @@ class Standard(Verify):
         free = self.memory_limit or logits.memory_free()
         if needed > free:
             findings.append(
-                f"logits were not compared: that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free"
+                f"logits were not compared: that takes {show_bytes(needed)} of memory, "
+                f"{show_bytes(free)} are free"
             )
             gates.append(Gate(name, Status.skipped, "not enough memory", wanted))
             return None
@@ -149,6 +152,28 @@ def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
                     rows = folder.rows(weight.name, start, stop)
                     compare(facts, rows, dtype, base, round_to(base, dtype), delta, size)
     return found
+
+
+def converted(output: Output) -> Gate:
+    """Samples of weights that were decoded or cast: the base's value, rounded once."""
+    folder, wrong, count = Folder(output.folder), [], 0
+    planned = {w.name: w for w in output.plan.weights}
+    for weight in output.merged.weights:
+        plan = planned[weight.name]
+        if plan.action not in (Action.decoded, Action.cast):
+            continue
+        count += 1
+        with weight.open("cpu") as tiles:
+            for start, stop in sampled_rows(weight.name, weight.num_rows, weight.num_columns, weight.grain):
+                value = round_to(tiles(start, stop).value, plan.dtype)
+                rows = folder.rows(weight.name, start, stop).view(value.shape)
+                if not bool(((rows == value) | (rows.isnan() & value.isnan())).all()):
+                    wrong.append(weight.name)
+                    break
+    wanted = "the base's values rounded once"
+    if wrong:
+        return Gate("converted", Status.failed, f"{wrong[0]} differs ({len(wrong)} weights)", wanted)
+    return Gate("converted", Status.passed, f"{count} weights as decoded", wanted)
 
 
 def rounding(output: Output, facts: dict[str, Facts]) -> Gate:
