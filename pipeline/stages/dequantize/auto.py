@@ -16,8 +16,8 @@ def dense(checkpoint: Checkpoint[Stored], weight: Callable[[Stored], Weight]) ->
     """The checkpoint with each stored weight as what `weight` makes of it; all refusals at once."""
     if method := checkpoint.config.quantization:
         raise Refused(
-            f"base_model: {checkpoint.origin.asked} is quantized ({method}), which this version cannot decode; "
-            "give the model in 16 bits, or as a GGUF file"
+            f"base_model: {checkpoint.origin.asked} is quantized ({method}), which this version cannot "
+            "decode; give the model in 16 bits, or as a GGUF file"
         )
     made: list[Weight] = []
     wrong: list[str] = []
