@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pipeline.ground.digests import Digest
 from pipeline.ground.files import read_into
 from pipeline.ground.metrics import Statistics, TileFacts, is_sampled, tile_facts
-from pipeline.ground.parallel import in_order
+from pipeline.ground.parallel import in_order, keep_freed_memory
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Action
 from pipeline.ground.rounding import round_to
@@ -52,6 +52,7 @@ def write_shards(
     shards: Iterable[PlannedShard], folder: Path, device: str, window: int, bar: Progress
 ) -> Written:
     """Writes all shards into the folder; at most `window` tiles are in memory at a time."""
+    keep_freed_memory()
     digests: list[Digest] = []
     facts: dict[str, list[TileFacts]] = defaultdict(list)
     sizes: dict[str, int] = {}

@@ -29,7 +29,8 @@ def structure(folder: Path, plan: Plan) -> Gate:
             wrong.append(f"{shard.file.path.name} is not a planned file")
     if not (folder / "config.json").is_file():
         wrong.append("config.json is missing")
-    seen = f"{len(found)} weights in {len(plan.shards)} files"
+    files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
+    seen = f"{len(found)} weights in {files}"
     if wrong:
         return Gate("structure", Status.failed, f"{min(wrong)} ({len(wrong)} faults)", "as planned")
     return Gate("structure", Status.passed, seen, "every name, shape and dtype as planned")

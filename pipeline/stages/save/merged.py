@@ -85,6 +85,7 @@ class SaveMerged(Save):
             written = write_shards(shards, folder, resolve_device(self.device), self._window(shards), bar)
             _refuse_broken(written.statistics, plan.dtype)
             hashed = inputs.result()
+        seconds = time.monotonic() - begun
         self._write_more(folder, adapter)
         config = merged.config.text(self._config_edits(merged))
         manifest = write_beside(
@@ -103,7 +104,7 @@ class SaveMerged(Save):
             ),
         )
         manifest["save"] = {
-            "seconds": time.monotonic() - begun,
+            "seconds": seconds,
             "peak_memory": peak_memory(),
             "bytes": plan.disk,
         }

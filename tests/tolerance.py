@@ -1,0 +1,27 @@
+"""Every tolerance of the tests, derived and named once."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.ground.rounding import ulp
+
+# A float32 sum W + s * (B @ A) is off by at most this share of |W| + s |B| |A|, elementwise: the product
+# over the rank (well under 2^-22 for ranks up to some hundreds, accumulated in float32) and the sum.
+FLOAT32_SLACK = 2.0**-21
+
+
+def within_half_ulp(stored: torch.Tensor, exact: torch.Tensor, dtype: str, size: torch.Tensor) -> bool:
+    """Whether stored values are the exact float64 ones, rounded once after a float32 sum of `size` parts."""
+    error = (stored.double() - exact).abs()
+    return bool((error <= ulp(exact, dtype) / 2 + FLOAT32_SLACK * size).all())
+
+
+def worst_ulp(stored: torch.Tensor, exact: torch.Tensor, dtype: str) -> float:
+    """Largest distance in units of the last place."""
+    return float(((stored.double() - exact).abs() / ulp(exact, dtype)).max())
+
+
+def num_different(one: torch.Tensor, other: torch.Tensor) -> int:
+    """Elements whose values differ; -0.0 and 0.0 are equal, NaN and NaN are too."""
+    return int(((one != other) & ~(one.isnan() & other.isnan())).sum())
