@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
@@ -19,7 +20,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasEvent, YAMLError
 
 from pipeline.ground.paths import bundled
 
@@ -76,7 +77,10 @@ def _read(path: Path) -> DictConfig:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise RecipeError(f"{path}: is larger than a recipe may be ({_MAX_BYTES} bytes)")
-        config = OmegaConf.load(path)
+        text = path.read_text("utf-8")
+        if any(isinstance(event, AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise RecipeError(f"{path}: repeats a part by a YAML alias (*name); write it out")
+        config = OmegaConf.create(text)
         screen(OmegaConf.to_container(config, resolve=False), str(path))
     except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
         reason = " ".join(str(error).split())

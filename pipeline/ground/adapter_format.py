@@ -201,7 +201,7 @@ def _deltas(shard: Shard, config: Mapping[str, Any]) -> dict[str, Delta]:
             A, B = pair["A"], pair["B"]
             scale = scaling(module, config)
             deltas[module] = Lora(module, "weight", (B.shape[0], A.shape[1]), A, B, scale)
-    unmet = [] if wrong else _unmet_targets(config.get("target_modules"), list(deltas))
+    unmet = [] if wrong else _unmet_targets(config, list(deltas))
     wrong += [
         f"{shard.file.path}: has nothing for '{t}', which {CONFIG} lists in target_modules" for t in unmet
     ]
@@ -245,8 +245,12 @@ def _pattern(module: str, patterns: Mapping[str, float] | None, otherwise: float
     return otherwise
 
 
-def _unmet_targets(targets: Any, modules: list[str]) -> list[str]:
-    """The entries of a target_modules list that no module of the file answers."""
+def _unmet_targets(config: Mapping[str, Any], modules: list[str]) -> list[str]:
+    """The entries of a target_modules list that no module of the file answers, less the excluded ones."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     if not isinstance(targets, list):
         return []
-    return [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in modules)]
+    unmet = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in modules)]
+    if isinstance(excluded, str):
+        return [t for t in unmet if not re.fullmatch(excluded, t)]
+    return [t for t in unmet if not any(t == x or t.endswith(f".{x}") for x in excluded)]
