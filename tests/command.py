@@ -62,9 +62,7 @@ def answer(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> 
 def listing(folder: Path) -> dict[str, tuple[int, int] | None]:
     """Every path below the folder; of files, size and time of change."""
     return {
-        p.relative_to(folder).as_posix(): (p.stat().st_size, p.stat().st_mtime_ns)
-        if p.is_file()
-        else None
+        p.relative_to(folder).as_posix(): (p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else None
         for p in sorted(folder.rglob("*"))
     }
 

@@ -42,5 +42,5 @@ def ulp(value: Tensor, dtype: str) -> Tensor:
     limits = torch.finfo(torch_dtype(dtype))
     exponent = torch.frexp(value.to(torch.float64).abs()).exponent - 1
     tiny = torch.frexp(torch.tensor(limits.smallest_normal, dtype=torch.float64)).exponent - 1
-    exponent = torch.maximum(exponent, tiny)
+    exponent = torch.where(value == 0, tiny, torch.maximum(exponent, tiny))
     return torch.ldexp(torch.full_like(exponent, limits.eps, dtype=torch.float64), exponent)

@@ -1,0 +1,236 @@
+"""Verification says yes to what is right, and names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.ground.errors import PipelineError
+from pipeline.ground.report import Report, Status
+from tests.models import LINEAR, merged_by_peft, tensors, write_llama, write_lora
+from tests.running import merge
+
+# Without logits, which need half a minute of imports and models; those have tests of their own.
+FILES_ONLY = {"tokens": 0}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A base, an adapter, and a sound merge of them."""
+    folder = tmp_path_factory.mktemp("made")
+    base = write_llama(folder / "base", shard="1GB")
+    adapter = write_lora(folder / "adapter", base)
+    merge(base, adapter, folder / "merged")
+    return base, adapter, folder / "merged"
+
+
+def verify(base: Path, adapter: Path, merged: Path, **settings: object) -> Report:
+    return merge(
+        base, adapter, merged, save="existing", verify="standard", verify_settings={**FILES_ONLY, **settings}
+    )
+
+
+def gates(report: Report) -> dict[str, Status]:
+    return {gate.name: gate.status for gate in report.gates}
+
+
+def test_a_sound_merge_passes_every_gate(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, _ = made
+    report = merge(base, adapter, tmp_path / "out", verify="standard")
+    names = ["structure", "untouched", "converted", "rounding", "effect", "retained", "logits"]
+    assert gates(report) == dict.fromkeys(names, Status.passed)
+    assert report.logits is not None
+    assert 0 < report.logits["kl_mean"] < 1e-3 * report.logits["kl_adapter_base"]
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["passed"] is True
+    assert written["logits"]["ratio"] == report.logits["ratio"]
+    assert {g["name"]: g["status"] for g in written["gates"]} == dict.fromkeys(names, "passed")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_an_existing_merge_of_any_dtype_passes(
+    made: tuple[Path, Path, Path], tmp_path: Path, dtype: str
+) -> None:
+    base, adapter, _ = made
+    merge(base, adapter, tmp_path / "out", dtype=dtype)
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir())
+    assert verify(base, adapter, tmp_path / "out").passed
+    assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()) == before
+
+
+def test_what_peft_merged_passes(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, _ = made
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    assert verify(base, adapter, tmp_path / "peft").passed
+
+
+def spoil(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def spoiled(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+    return spoiled
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+NORM = "model.norm.weight"
+DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "a weight is gone": (spoil(lambda s: s.pop(NORM)), "structure", f"{NORM} is missing"),
+    "a foreign weight": (spoil(lambda s: s.update(x=torch.ones(1))), "structure", "x is not the base's"),
+    "another shape": (spoil(lambda s: s.update({NORM: torch.ones(3)})), "structure", NORM),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "structure", "config.json is missing"),
+    "an untouched weight changed": (spoil(lambda s: s[NORM].add_(0.01)), "untouched", f"{NORM} differs"),
+    "one element off": (spoil(lambda s: s[Q][3, 5].add_(0.01)), "rounding", f"beyond, in {Q}"),
+    "twice the adapter": (spoil(lambda s: s[Q].add_(0.05)), "rounding", Q),
+    "a weight is not finite": (spoil(lambda s: s[Q][0, 0].fill_(torch.nan)), "rounding", Q),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(made: tuple[Path, Path, Path], tmp_path: Path, name: str) -> None:
+    base, adapter, merged = made
+    damage, gate, said = DAMAGE[name]
+    folder = shutil.copytree(merged, tmp_path / "out")
+    damage(folder)
+    with pytest.raises(PipelineError) as refused:
+        verify(base, adapter, folder)
+    assert f": {gate}: " in str(refused.value)
+    assert said in str(refused.value)
+
+
+def test_a_merge_without_effect_is_refused(made: tuple[Path, Path, Path]) -> None:
+    base, adapter, _ = made
+    with pytest.raises(PipelineError, match="rounding"):
+        verify(base, adapter, base)
+
+
+def test_doubly_rounded_weights_are_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """PEFT's safe_merge rounds the delta to bfloat16 first."""
+    base, adapter, merged = made
+    folder = shutil.copytree(merged, tmp_path / "out")
+    state = merged_by_peft(base, adapter, safe_merge=True)
+    assert any(not torch.equal(state[n], t) for n, t in tensors(merged).items())
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PipelineError, match="rounding"):
+        verify(base, adapter, folder)
+
+
+def test_a_swallowed_adapter_is_refused_and_set_aside(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    adapter = write_lora(tmp_path / "adapter", base, size=5e-4)  # below half a unit almost everywhere
+    with pytest.raises(PipelineError, match=r"retained: 0\.\d+ of the delta; save.dtype=float16 or float32"):
+        merge(base, adapter, tmp_path / "out", verify="standard", verify_settings=FILES_ONLY)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+    report = json.loads((tmp_path / "out.rejected" / "report.json").read_text())
+    assert report["passed"] is False
+    merge(
+        base, adapter, tmp_path / "out", verify="standard", verify_settings={**FILES_ONLY, "min_retained": 0}
+    )
+
+
+def test_a_target_that_does_not_change_fails(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    adapter = write_lora(tmp_path / "adapter", base, size=1e-5)
+    with pytest.raises(PipelineError, match="effect: 0 of 14 merged weights changed"):
+        merge(base, adapter, tmp_path / "out", verify="structure")
+
+
+def test_a_delta_of_zero_is_a_finding(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    adapter = write_lora(tmp_path / "adapter", base)
+    path = adapter / "adapter_model.safetensors"
+    state = load_file(path)
+    state["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"].zero_()
+    save_file(state, path, {"format": "pt"})
+    report = merge(base, adapter, tmp_path / "out", verify="standard", verify_settings=FILES_ONLY)
+    assert any("the delta of model.layers.0.mlp.up_proj.weight is zero" in f.text for f in report.findings)
+
+
+def test_logits_tell_another_base(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Merged exactly, but verified against another base: only the forward pass is asked here."""
+    from pipeline.ground import logits
+
+    base, adapter, merged = made
+    other = write_llama(tmp_path / "other", shard="1GB")
+    state = load_file(other / "model.safetensors")
+    for name in state:
+        state[name] += 0.003 * torch.randn_like(state[name])
+    save_file(state, other / "model.safetensors", {"format": "pt"})
+
+    def load(folder: Path) -> Callable[[type], torch.nn.Module]:
+        return lambda cls: cls.from_pretrained(folder, dtype=torch.float32)  # type: ignore[attr-defined,no-any-return]
+
+    right = logits.compare(logits.Models(merged, adapter, load(base)), "", 256, None, 1.0, "cpu").figures
+    wrong = logits.compare(logits.Models(merged, adapter, load(other)), "", 256, None, 1.0, "cpu").figures
+    assert right["ratio_interval"][1] < 0.01 < wrong["ratio_interval"][0]
+    scaled = logits.compare(logits.Models(merged, adapter, load(base)), "", 256, None, 0.5, "cpu").figures
+    assert scaled["ratio_interval"][0] > 0.01  # the factor reaches the unmerged adapter
+
+
+def test_divergence_is_torchs_own() -> None:
+    from pipeline.ground.logits import _compared
+
+    torch.manual_seed(0)
+    p, q, r = (torch.randn(100, 11).log_softmax(-1) for _ in range(3))
+    found = _compared(p, q, r)
+    kl = torch.nn.functional.kl_div(r.double(), p.double(), log_target=True, reduction="none").sum(-1)
+    assert found["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-6)
+    assert found["kl_max"] == pytest.approx(float(kl.max()), rel=1e-6)
+    low, high = found["ratio_interval"]
+    assert low < found["ratio"] < high
+    assert found["top1_agreement"] == float((p.argmax(-1) == r.argmax(-1)).double().mean())
+
+
+def test_logits_that_do_not_fit_are_skipped_with_a_finding(
+    made: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, _ = made
+    settings = {"tokens": 128, "memory_limit": 1000}
+    report = merge(base, adapter, tmp_path / "out", verify="standard", verify_settings=settings)
+    assert gates(report)["logits"] is Status.skipped
+    assert any("logits were not compared: that takes" in f.text for f in report.findings)
+
+
+def test_a_classifier_compares_its_class_logits(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+        num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    base = LlamaForSequenceClassification(config)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=LINEAR, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify="standard")
+    assert gates(report)["logits"] is Status.passed
+    assert report.logits is not None and report.logits["kl_adapter_base"] > 0
+
+
+def test_a_model_without_a_head_compares_hidden_states(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    base = BertModel(config)
+    base.save_pretrained(tmp_path / "base")
+    options = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False}
+    get_peft_model(base, LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify="standard")
+    assert gates(report)["logits"] is Status.passed
