@@ -41,7 +41,8 @@ class Facts:
     """What the samples of one weight showed, against the float64 recomputation."""
 
     elements: int = 0
-    worst_ulp: float = 0.0  # |stored - reference| in units of the last place of the stored dtype
+    worst_ulp: float = 0.0  # |stored - reference| in units of the last place, less the slack
+    worst_raw_ulp: float = 0.0  # with it: large where weight and delta nearly cancel
     beyond: int = 0  # elements farther off than half a unit and the slack
     changed: int = 0
     not_finite: int = 0
@@ -52,6 +53,7 @@ class Facts:
         return {
             "verified_elements": self.elements,
             "worst_ulp": self.worst_ulp,
+            "worst_raw_ulp": self.worst_raw_ulp,
             "verified_retained": self.kept / self.energy if self.energy else None,
             "verified_changed_fraction": self.changed / self.elements if self.elements else 0.0,
         }
@@ -96,14 +98,19 @@ def compare(
     """Adds one sample to the facts: stored rows against base + delta; `rounded` is the base in that dtype."""
     W, O = base.double(), stored.double()  # noqa: E741
     target = W + delta
-    error, unit = (O - target).abs(), ulp(target, dtype)
+    error, unit, slack = (O - target).abs(), ulp(target, dtype), SLACK * (W.abs() + size)
     facts.elements += stored.numel()
-    facts.worst_ulp = max(facts.worst_ulp, float((error / unit).nan_to_num(nan=float("inf")).max()))
-    facts.beyond += int((~(error <= unit / 2 + SLACK * (W.abs() + size))).sum())
+    facts.worst_ulp = max(facts.worst_ulp, _most((error - slack) / unit))
+    facts.worst_raw_ulp = max(facts.worst_raw_ulp, _most(error / unit))
+    facts.beyond += int((~(error <= unit / 2 + slack)).sum())
     facts.changed += int((stored != rounded).sum())
     facts.not_finite += int((~stored.isfinite()).sum())
     facts.kept += float(((O - W) * delta).sum())
     facts.energy += float((delta * delta).sum())
+
+
+def _most(values: Tensor) -> float:
+    return float(values.nan_to_num(nan=float("inf")).max())
 
 
 @dataclass

@@ -90,7 +90,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "another shape": (spoil(lambda s: s.update({NORM: torch.ones(3)})), "structure", NORM),
     "no config": (lambda folder: (folder / "config.json").unlink(), "structure", "config.json is missing"),
     "an untouched weight changed": (spoil(lambda s: s[NORM].add_(0.01)), "untouched", f"{NORM} differs"),
-    "one element off": (spoil(lambda s: s[Q][3, 5].add_(0.01)), "rounding", f"beyond, in {Q}"),
+    "one element off": (spoil(lambda s: s[Q][3, 5].add_(0.01)), "rounding", f"too far off, the worst in {Q}"),
     "twice the adapter": (spoil(lambda s: s[Q].add_(0.05)), "rounding", Q),
     "a weight is not finite": (spoil(lambda s: s[Q][0, 0].fill_(torch.nan)), "rounding", Q),
 }

@@ -180,11 +180,12 @@ def rounding(output: Output, facts: dict[str, Facts]) -> Gate:
     """Merged weights within half a unit in the last place; a figure only where arithmetic is narrower."""
     worst = max(facts, key=lambda name: facts[name].worst_ulp)
     beyond = sum(f.beyond for f in facts.values())
-    seen = f"worst {facts[worst].worst_ulp:.4f} ulp of {sum(f.elements for f in facts.values()):,} elements"
+    raw, elements = max(f.worst_raw_ulp for f in facts.values()), sum(f.elements for f in facts.values())
+    seen = f"worst {facts[worst].worst_ulp:.4f} ulp beyond the slack ({raw:.2f} with it), {elements:,} elements"
     if not {"float32", "float64"} & set(output.plan.merge_dtype.split(", ")):
         return Gate("rounding", Status.passed, seen, f"reported only: merged in {output.plan.merge_dtype}")
     if beyond:
-        seen += f"; {beyond} beyond, in {worst}"
+        seen += f"; {beyond} too far off, the worst in {worst}"
     return Gate(
         "rounding",
         Status.failed if beyond else Status.passed,
