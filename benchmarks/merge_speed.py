@@ -1,9 +1,10 @@
 # ruff: noqa: T201
-"""Time and memory of a merge beside `cp -r` of the base and beside PEFT: `merge_speed.py FOLDER [--rounds 3]`.
+"""Time and memory of a merge beside `cp -r` of the base and beside PEFT.
 
-FOLDER holds what `synthetic.py FOLDER` wrote. All contenders run in turn, round by round, each as a process of
-its own; the figures are medians over the rounds, and ratios are taken within a round. The base is read once
-before, so that all find it in the page cache. "sync" counts until the files are on the disk.
+`merge_speed.py FOLDER [--rounds 3]`, where FOLDER holds what `synthetic.py FOLDER` wrote. All contenders run
+in turn, round by round, each as a process of its own; figures are medians over the rounds, ratios are taken
+within a round. The base is read once before, so that all find it in the page cache. "sync" counts until the
+files are on the disk, as a published merge always does.
 """
 
 from __future__ import annotations
