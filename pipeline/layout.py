@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from pipeline.ground import dtypes, tiles
-from pipeline.ground.report import Action, PlannedWeight
+from pipeline.ground.manifest import published
+from pipeline.ground.report import Action, Plan, PlannedWeight
 from pipeline.ground.shards import SINGLE, Shard, Slot, lay_out
-from pipeline.weight import Checkpoint, Decoded, Merged, ShardLayout, Weight
+from pipeline.weight import Adapter, Checkpoint, Decoded, Merged, ShardLayout, Weight
 
 _LARGEST_SHARD = 50 * 10**9  # bytes, where neither base nor recipe says; what transformers 5 does
 
@@ -107,6 +109,23 @@ def _grouped(weights: Iterable[Weight], dtype: StoredDtype, limit: int) -> list[
         ShardLayout(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(group))
         for number, group in enumerate(groups, 1)
     ]
+
+
+def describe(
+    shards: Sequence[PlannedShard], merged: Checkpoint[Weight], adapter: Adapter, /, **more: Any
+) -> Plan:
+    """The plan of an output with these shards; `more` are its fields that the shards do not tell."""
+    arithmetic = {w.arithmetic for w in merged.weights if isinstance(w, Merged)}
+    told = {
+        "base": published(merged.origin).name,
+        "adapter": published(adapter.origin).name,
+        "merge_dtype": ", ".join(sorted(dtypes.config_name(dtype) for dtype in arithmetic)),
+        "weights": tuple(place.planned() for shard in shards for place in shard.places),
+        "shards": {shard.name: shard.size for shard in shards},
+        "num_parameters": sum(prod(weight.shape) for weight in merged.weights),
+        "findings": (*merged.findings, *adapter.findings),
+    }
+    return Plan(**{**told, **more})
 
 
 def tile_bytes(shards: Iterable[PlannedShard]) -> int:

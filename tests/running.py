@@ -24,6 +24,7 @@ def pipeline(
     merge_dtype: str = "float32",
     dtype: str = "keep",
     weight: float = 1.0,
+    device: str = "cpu",
     names: dict[str, str] | None = None,
     expect: dict[str, Any] | None = None,
     verify_settings: dict[str, Any] | None = None,
@@ -38,8 +39,8 @@ def pipeline(
         load=stages["load"][load](base_model=str(base)),
         dequantize=stages["dequantize"]["auto"](),
         merge=stages["merge"]["exact"](merge_dtype=FloatDtype[merge_dtype], weight=weight, names=names or {}),
-        save=stages["save"][save](output=output, device="cpu", **own, **save_settings),
-        verify=stages["verify"][verify](device="cpu", **(verify_settings or {})),
+        save=stages["save"][save](output=output, device=device, **own, **save_settings),
+        verify=stages["verify"][verify](device=device, **(verify_settings or {})),
     )
 
 

@@ -57,8 +57,7 @@ def compare(
         assumed: list[str] = []
         tokens = _tokens(tokenizer, text, config, num_tokens, assumed)
         try:
-            adapted, factor_note = _adapted(models, cls, factor, device)
-            assumed += factor_note
+            adapted = _adapted(models, cls, factor, device)
             with_adapter = _outputs(adapted, tokens)
             with adapted.disable_adapter():
                 without = _outputs(adapted, tokens)
@@ -127,7 +126,7 @@ def _tokens(tokenizer: Any, text: str, config: Any, count: int, assumed: list[st
     return torch.randint(size, (max(count // SEQUENCE, 1), min(SEQUENCE, count)), generator=random)
 
 
-def _adapted(models: Models, cls: type, factor: float, device: str) -> tuple[Any, list[str]]:
+def _adapted(models: Models, cls: type, factor: float, device: str) -> Any:
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(models.base(cls), str(models.adapter)).eval()
@@ -135,7 +134,7 @@ def _adapted(models: Models, cls: type, factor: float, device: str) -> tuple[Any
         for module in model.modules():
             if isinstance(scaling := getattr(module, "scaling", None), dict):
                 scaling.update({name: value * factor for name, value in scaling.items()})
-    return model.to(device), []
+    return model.to(device)
 
 
 def _outputs(model: Any, tokens: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-TILE_ELEMENTS = 1 << 18  # half a megabyte of bf16, one of float32: a tile and its parts stay in a core's cache
+TILE_ELEMENTS = (
+    1 << 18
+)  # half a megabyte of bf16, one of float32: a tile and its parts stay in a core's cache
 
 
 def tile_rows(num_columns: int, grain: int) -> int:

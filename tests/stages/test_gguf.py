@@ -77,7 +77,13 @@ def test_merged_gguf_is_the_decoded_model_plus_the_delta_rounded_once(adapter: P
 
     ours, theirs = AutoConfig.from_pretrained(tmp_path / "out"), by_transformers().config
     differing = {k for k, v in theirs.to_dict().items() if ours.to_dict().get(k) != v}
-    assert differing <= {"_name_or_path", "_model_name_or_path", "dtype", "architectures", "quantization_config"}
+    assert differing <= {
+        "_name_or_path",
+        "_model_name_or_path",
+        "dtype",
+        "architectures",
+        "quantization_config",
+    }
     assert (ours.architectures, ours.dtype) == (["LlamaForCausalLM"], torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     original = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)

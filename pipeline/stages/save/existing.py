@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar
 
 from pipeline.ground import dtypes
 from pipeline.ground.errors import Refused
-from pipeline.ground.manifest import NAME, published
+from pipeline.ground.manifest import NAME
 from pipeline.ground.report import Plan
 from pipeline.ground.shards import read_checkpoint
-from pipeline.layout import plan_shards
+from pipeline.layout import describe, plan_shards
 from pipeline.stage import Save, stage
-from pipeline.weight import Adapter, Checkpoint, Merged, Output, Weight
+from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
 @stage("existing")
@@ -35,19 +34,15 @@ class Existing(Save):
         shards = read_checkpoint(self.output)
         stored = {e.name: e.dtype for shard in shards for e in shard.entries}
         planned = plan_shards(merged, lambda w: stored.get(w.name, w.dtype), None)
-        arithmetic = {w.arithmetic for w in merged.weights if isinstance(w, Merged)}
-        return Plan(
-            base=published(merged.origin).name,
-            adapter=published(adapter.origin).name,
+        return describe(
+            planned,
+            merged,
+            adapter,
             output=self.output.name,
             dtype=", ".join(sorted({dtypes.config_name(d) for d in stored.values()})),
-            merge_dtype=", ".join(sorted(dtypes.config_name(dtype) for dtype in arithmetic)),
-            weights=tuple(place.planned() for shard in planned for place in shard.places),
             shards={shard.file.path.name: shard.file.size for shard in shards},
-            num_parameters=sum(prod(weight.shape) for weight in merged.weights),
             peak_memory=0,
             disk=0,
-            findings=(*merged.findings, *adapter.findings),
         )
 
     def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:

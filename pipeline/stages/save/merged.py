@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from pipeline.ground.progress import Progress
 from pipeline.ground.report import Plan
 from pipeline.ground.sidefiles import chosen
 from pipeline.ground.units import parse_bytes, show_bytes
-from pipeline.layout import PlannedShard, factor_bytes, plan_shards, tile_bytes
+from pipeline.layout import PlannedShard, describe, factor_bytes, plan_shards, tile_bytes
 from pipeline.stage import Save, stage
 from pipeline.stream import num_workers, write_shards
-from pipeline.weight import Adapter, Checkpoint, Merged, Output, Weight
+from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
 class SaveDtype(Enum):
@@ -58,19 +57,14 @@ class SaveMerged(Save):
             raise Refused(
                 f"output: '{self.output}' needs {show_bytes(disk)}, but its disk has {show_bytes(free)} free"
             )
-        arithmetic = {w.arithmetic for w in merged.weights if isinstance(w, Merged)}
-        return Plan(
-            base=published(merged.origin).name,
-            adapter=published(adapter.origin).name,
+        return describe(
+            shards,
+            merged,
+            adapter,
             output=self.output.name,
             dtype=dtypes.config_name(self._stored_dtype(merged.dtype, merged.dtype)),
-            merge_dtype=", ".join(sorted(dtypes.config_name(dtype) for dtype in arithmetic)),
-            weights=tuple(place.planned() for shard in shards for place in shard.places),
-            shards={shard.name: shard.size for shard in shards},
-            num_parameters=sum(prod(weight.shape) for weight in merged.weights),
             peak_memory=self._window(shards) * tile_bytes(shards) + 2 * factor_bytes(shards),
             disk=disk,
-            findings=(*merged.findings, *adapter.findings),
         )
 
     def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:

@@ -181,7 +181,9 @@ def rounding(output: Output, facts: dict[str, Facts]) -> Gate:
     worst = max(facts, key=lambda name: facts[name].worst_ulp)
     beyond = sum(f.beyond for f in facts.values())
     raw, elements = max(f.worst_raw_ulp for f in facts.values()), sum(f.elements for f in facts.values())
-    seen = f"worst {facts[worst].worst_ulp:.4f} ulp beyond the slack ({raw:.2f} with it), {elements:,} elements"
+    seen = (
+        f"worst {facts[worst].worst_ulp:.4f} ulp beyond the slack ({raw:.2f} with it), {elements:,} elements"
+    )
     if not {"float32", "float64"} & set(output.plan.merge_dtype.split(", ")):
         return Gate("rounding", Status.passed, seen, f"reported only: merged in {output.plan.merge_dtype}")
     if beyond:
