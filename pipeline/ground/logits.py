@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.errors import PipelineError
+from pipeline.ground.progress import working
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,10 @@ _NEW_TOKENS = 48
 
 class CannotCompare(PipelineError):  # noqa: N818  it reads like what happened
     """Base and adapter themselves do not load or run here: nothing is said about the merge."""
+
+
+class MergedDoesNotRun(PipelineError):  # noqa: N818
+    """The merged model does not load or run, where base and adapter do."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +62,29 @@ def compare(
         assumed: list[str] = []
         tokens = _tokens(tokenizer, text, config, num_tokens, assumed)
         try:
-            adapted = _adapted(models, cls, factor, device)
-            with_adapter = _outputs(adapted, tokens)
-            with adapted.disable_adapter():
-                without = _outputs(adapted, tokens)
-                first = _answer(adapted, tokenizer, prompt)
-            second = _answer(adapted, tokenizer, prompt)
+            with working("comparing logits: base and adapter"):
+                adapted = _adapted(models, cls, factor, device)
+                with_adapter, second = _outputs(adapted, tokens), _answer(adapted, tokenizer, prompt)
+                with adapted.disable_adapter():
+                    without, first = _outputs(adapted, tokens), _answer(adapted, tokenizer, prompt)
         except Exception as error:  # whatever transformers or PEFT raise about base and adapter
-            raise CannotCompare(
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
+            raise CannotCompare(_reason(error)) from error
         del adapted
         gc.collect()
-        merged = cls.from_pretrained(models.merged, dtype=torch.float32).eval().to(device)
-        figures = _compared(with_adapter, without, _outputs(merged, tokens))
-        answers = None
-        if prompt and first is not None and second is not None:
-            third = _answer(merged, tokenizer, prompt)
-            answers = {"prompt": prompt, "base": first, "adapter": second, "merged": third or ""}
-    return Outcome({**figures, "tokens": tokens.numel()}, answers, assumed)
+        try:
+            with working("comparing logits: merged model"):
+                merged = cls.from_pretrained(models.merged, dtype=torch.float32).eval().to(device)
+                with_merged, third = _outputs(merged, tokens), _answer(merged, tokenizer, prompt)
+        except Exception as error:
+            raise MergedDoesNotRun(_reason(error)) from error
+        figures = _compared(with_adapter, without, with_merged)
+    answers = {"base": first, "adapter": second, "merged": third}
+    said = {"prompt": prompt, **answers} if prompt and None not in answers.values() else None
+    return Outcome({**figures, "tokens": tokens.numel()}, said, assumed)  # type: ignore[arg-type]
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def memory_needed(num_parameters: int, vocabulary: int, num_tokens: int) -> int:
@@ -101,7 +110,7 @@ def _prepare(folder: Path) -> tuple[Any, Any, Any]:
         config = transformers.AutoConfig.from_pretrained(folder)
         cls = getattr(transformers, (config.architectures or [""])[0], None)
     except Exception as error:  # an architecture that transformers does not know, or custom code
-        raise CannotCompare(str(error).splitlines()[0]) from error
+        raise CannotCompare(_reason(error)) from error
     if cls is None:
         raise CannotCompare(f"transformers has no class {config.architectures}, and custom code is never run")
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from pipeline.ground.units import show_bytes, show_seconds
@@ -57,3 +59,15 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Says what goes on while nothing can be counted; on something that is no terminal, nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

@@ -234,3 +234,12 @@ def test_a_model_without_a_head_compares_hidden_states(tmp_path: Path) -> None:
     get_peft_model(base, LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
     report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify="standard")
     assert gates(report)["logits"] is Status.passed
+
+
+def test_a_merged_model_that_does_not_load_fails(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, merged = made
+    folder = shutil.copytree(merged, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 7}))
+    with pytest.raises(PipelineError, match="logits: the merged model does not run"):
+        verify(base, adapter, folder, tokens=64)

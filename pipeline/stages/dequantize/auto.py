@@ -41,10 +41,18 @@ class Auto(Dequantize):
         return dense(stored, _weight)
 
 
-def _weight(stored: Stored) -> Weight:
+def plain(stored: Stored) -> Dense | None:
+    """The weight, if its file holds it as plain numbers in their place."""
     entry = stored.parts[""]
     if stored.transform is None and entry.dtype == stored.dtype and dtypes.known(entry.dtype):
         return Dense(stored.name, stored.shape, stored.dtype, entry)
+    return None
+
+
+def _weight(stored: Stored) -> Weight:
+    entry = stored.parts[""]
+    if weight := plain(stored):
+        return weight
     if entry.dtype in gguf.BLOCKS:
         return Decoded(stored.name, stored.shape, stored.dtype, entry, gguf.decode, stored.transform)
     raise Refused(f"{stored.name}: this version has no decoder for {entry.dtype}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.ground import dtypes
 from pipeline.ground.errors import Refused
 from pipeline.stage import Dequantize, stage
-from pipeline.stages.dequantize.auto import dense
-from pipeline.weight import Checkpoint, Dense, Stored, Weight
+from pipeline.stages.dequantize.auto import dense, plain
+from pipeline.weight import Checkpoint, Stored, Weight
 
 
 @stage("none")
@@ -21,7 +20,7 @@ class NoDequantize(Dequantize):
 
 
 def _weight(stored: Stored) -> Weight:
-    entry = stored.parts[""]
-    if stored.transform is None and entry.dtype == stored.dtype and dtypes.known(entry.dtype):
-        return Dense(stored.name, stored.shape, stored.dtype, entry)
-    raise Refused(f"dequantize: '{stored.name}' is stored as {entry.dtype} codes; use dequantize=auto")
+    if weight := plain(stored):
+        return weight
+    codes = stored.parts[""].dtype
+    raise Refused(f"dequantize: '{stored.name}' is stored as {codes} codes; use dequantize=auto")

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.ground import logits
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.errors import Refused
+from pipeline.ground.progress import Progress
 from pipeline.ground.reference import Facts, Folder, Reference, compare, sampled_rows
 from pipeline.ground.report import Action, Gate, Report, Status
 from pipeline.ground.rounding import round_to
@@ -115,6 +116,9 @@ class Standard(Verify):
             findings.append(f"logits were not compared, because base and adapter do not load: {reason}")
             gates.append(Gate(name, Status.skipped, "base and adapter do not load", wanted))
             return None
+        except logits.MergedDoesNotRun as reason:
+            gates.append(Gate(name, Status.failed, f"the merged model does not run ({reason})", wanted))
+            return None
         findings += outcome.assumed
         low = outcome.figures["ratio_interval"][0]
         sound = low <= self.max_ratio and outcome.figures["finite"]
@@ -136,10 +140,12 @@ def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
     """Samples of every merged weight of the folder against base + delta in float64."""
     folder, found = Folder(output.folder), {}
     path = adapter.origin.folder
-    stored = {w.name: w.dtype for w in output.plan.weights if w.action is Action.merged}
     merged = [w for w in output.merged.weights if isinstance(w, Merged)]
-    with Reference(path, adapter.config, _factor(output.merged)) as reference:
+    planned = {w.name: w for w in output.plan.weights}
+    reference = Reference(path, adapter.config, _factor(output.merged))
+    with reference, Progress("recomputing samples", sum(planned[w.name].num_bytes for w in merged)) as bar:
         for weight in merged:
+            bar.advance(planned[weight.name].num_bytes)
             facts = found[weight.name] = Facts()
             [placed] = weight.placed
             with weight.base.open("cpu") as tiles:
@@ -148,7 +154,7 @@ def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
                 ):
                     base = tiles(start, stop).base
                     delta, size = reference.delta(placed.delta.module, start, stop)
-                    dtype = stored[weight.name]
+                    dtype = planned[weight.name].dtype
                     rows = folder.rows(weight.name, start, stop)
                     compare(facts, rows, dtype, base, round_to(base, dtype), delta, size)
     return found
