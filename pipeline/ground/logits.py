@@ -8,6 +8,7 @@ adapter does; their ratio says how much of its effect is off.
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,11 +107,14 @@ def memory_free() -> int:
 def _prepare(folder: Path) -> tuple[Any, Any, Any]:
     import transformers
 
+    kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise CannotCompare(f"transformers does not know model_type {kind!r}, and custom code is never run")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        cls = getattr(transformers, (config.architectures or [""])[0], None)
-    except Exception as error:  # an architecture that transformers does not know, or custom code
-        raise CannotCompare(_reason(error)) from error
+    except Exception as error:  # a config that transformers takes for broken
+        raise MergedDoesNotRun(_reason(error)) from error
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
     if cls is None:
         raise CannotCompare(f"transformers has no class {config.architectures}, and custom code is never run")
     try:

@@ -4,6 +4,7 @@ The rows of section 2 of the security page (what Hydra does with a composed conf
 runs), defaults lists that reach for more than recipes, and YAML that is no recipe.
 """
 
+import json
 import os
 import time
 from pathlib import Path
@@ -69,18 +70,23 @@ def test_hydras_own_settings_and_python_names_are_no_recipes_to_set(
         "${hydra:runtime.cwd}",
         "${oc.create:{a: 1}}",
         "${ oc.env : SECRET }",
-        "${oc.env:${names.a}}",
+        "${oc.env:${names.secret}}",
         "${${report}:SECRET}",
         "${oc.${device}:SECRET}",
-        "${${report}:${names.a}}",
+        "${${report}:${names.secret}}",
     ],
 )
-@pytest.mark.parametrize("place", ["base_model: '{}'", "names: {{x: '{}'}}", "targeted_modules: ['{}']"])
-def test_a_resolver_is_not_called(here: Path, value: str, place: str) -> None:
-    # The keys that the last three reach a resolver through.
-    keys = ["report: oc.env", "device: env", "names.a: SECRET"]
-    lines = [place.format(value), *(k for k in keys if "names" not in k or "names" not in place)]
-    write(here, "\n".join(lines).replace("names.a: SECRET", "names: {a: SECRET}"))
+@pytest.mark.parametrize("key", ["base_model", "names.x", "targeted_modules.0"])
+def test_a_resolver_is_not_called(here: Path, value: str, key: str) -> None:
+    # report, device and names hold what the last few put a resolver's name together from
+    recipe = {
+        "base_model": value if key == "base_model" else "base",
+        "names": {"secret": "SECRET", "x": value if key == "names.x" else "y"},
+        "targeted_modules": [value if key == "targeted_modules.0" else "q_proj"],
+        "report": "oc.env",
+        "device": "env",
+    }
+    write(here, json.dumps(recipe))  # JSON is YAML
     arguments = ("recipe=./mine.yaml", "adapter=adapter", "output=out", "verify=none", "dry_run=true")
     sentences = refused(here, *arguments, env={"SECRET": "hunter2"})
     assert not any("hunter2" in sentence for sentence in sentences), sentences
@@ -339,6 +345,21 @@ def test_an_empty_recipe_name_is_told_with_the_names(here: Path, value: str) -> 
     sentence = refusal(here, f"recipe={value}", *PLAN)
     assert sentence.startswith("recipe: ")
     assert "llama31" in sentence
+
+
+@pytest.mark.parametrize("up", [1, 2, 30])
+def test_a_path_upwards_is_screened_and_means_the_file_from_here(here: Path, up: int) -> None:
+    # Hydra's own sources also answer paths, relative to conf/: 30 times ../ is the root for both.
+    deep = here / "deep" / "deeper"
+    deep.mkdir(parents=True)
+    hostile = write(here, "hydra: {callbacks: {note: {_target_: pathlib.Path.touch}}}", "deep/mine.yaml")
+    if up == 2:
+        hostile = hostile.rename(here / "mine.yaml")
+    path = "../" * up + (str(hostile).lstrip("/") if up == 30 else "mine.yaml")
+    before = listing(here)
+    said = answer(f"recipe={path}", "base_model=x", "adapter=y", "output=z", cwd=deep)
+    assert (said.status, listing(here)) == (2, before)
+    assert "mine.yaml: 'hydra' is not a recipe's to set" in said.err
 
 
 def test_our_own_conf_is_screened_like_any_file_when_it_is_given_as_a_recipe(here: Path) -> None:
