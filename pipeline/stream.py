@@ -21,7 +21,7 @@ from pipeline.ground.shard_writer import ShardWriter
 from pipeline.layout import Place, PlannedShard
 from pipeline.weight import Tiles
 
-_COPY_CHUNK = 4 << 20
+_COPY_CHUNK = 1 << 20
 
 
 class Written(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.ground.files import File, read_into
 
-_CHUNK = 8 << 20
+_CHUNK = 1 << 18  # stays in the cache between reading and hashing
 
 
 @dataclass(frozen=True, slots=True)

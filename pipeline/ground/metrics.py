@@ -1,8 +1,8 @@
 """What a merge did to a weight, gathered while its tiles stream past (spec: retained, changed, norms).
 
 Every tile is looked at for its range, for non-finite values and for whether anything changed; the sums
-come from at most `SAMPLED_TILES` tiles of each weight, spread evenly, because taking them all would cost
-as much as the merge.
+come from `SAMPLED_ELEMENTS` elements of each of `SAMPLED_TILES` tiles, spread evenly over the weight,
+because taking them all would cost as much as the merge.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLED_TILES = 4
+SAMPLED_TILES = 8
+SAMPLED_ELEMENTS = 1 << 15
 
 
 class Moments(NamedTuple):
@@ -59,6 +60,8 @@ def tile_facts(stored: Tensor, before: Tensor, rounded: Tensor, delta: Tensor, s
     moved = changed or bool(delta.any())
     if not sampled or not stored.numel():
         return TileFacts(least, most, finite, changed, moved, None)
+    rows = max(SAMPLED_ELEMENTS // stored.shape[1], 1)
+    stored, before, rounded, delta = (t[:rows] for t in (stored, before, rounded, delta))
     wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
     W, O, D = (t.to(wide).flatten() for t in (before, stored, delta))  # noqa: E741
     W_least, W_most = (float(x) for x in W.aminmax())

