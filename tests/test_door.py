@@ -50,7 +50,16 @@ def fastest(request: Callable[[], object]) -> float:
 def test_help_lists_recipes_keys_stages_and_settings_within_two_seconds(tmp_path: Path) -> None:
     said = run("--help", cwd=tmp_path)
     assert (said.returncode, said.stderr) == (0, "")
-    for name in ("quickstart", "llama31", "merge", "verify", "inspect", "base_model", "merge_dtype", "dry_run"):
+    for name in (
+        "quickstart",
+        "llama31",
+        "merge",
+        "verify",
+        "inspect",
+        "base_model",
+        "merge_dtype",
+        "dry_run",
+    ):
         assert f"\n  {name} " in said.stdout
     for name in ("exact", "peft", "gguf", "safetensors", "both", "existing", "structure", "standard"):
         assert f"\n  {name} " in said.stdout
@@ -61,7 +70,9 @@ def test_help_lists_recipes_keys_stages_and_settings_within_two_seconds(tmp_path
 
 
 @pytest.mark.parametrize("arguments", [(), ("-h",), ("recipe=llama31", "--help")])
-def test_help_is_what_one_gets_who_does_not_know_what_to_type(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_help_is_what_one_gets_who_does_not_know_what_to_type(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
     said = answer(*arguments, cwd=tmp_path)
     assert said.status == 0
     assert "python -m pipeline KEY=VALUE" in said.out
@@ -145,11 +156,17 @@ def test_what_computes_nothing_imports_nothing_heavy(
         ("report=adapter", ["report: 'adapter' is a folder"]),
         ("output=adapter", ["output: 'adapter' exists already; give another folder, or remove it first"]),
         ("output=adapter/adapter_config.json", ["output: ", "exists already"]),
-        ("output=adapter/adapter_config.json/x", ["adapter_config.json' is not a folder that can be written"]),
+        (
+            "output=adapter/adapter_config.json/x",
+            ["adapter_config.json' is not a folder that can be written"],
+        ),
         ("output=.", ["output: '.' exists already"]),
         ("output=/", ["output: '/' exists already"]),
         ("output=", ["output: is not set; give the folder to create, as output=..."]),
-        ("base_model=", ["base_model: is not set; give a folder, a GGUF file or a hub id, as base_model=..."]),
+        (
+            "base_model=",
+            ["base_model: is not set; give a folder, a GGUF file or a hub id, as base_model=..."],
+        ),
         ("adapter=null", ["adapter: is not set; give the folder or hub id of an adapter, as adapter=..."]),
         ("output=~nosuchuser/x", ["output: ", "~nosuchuser"]),
         ("base_model=~nosuchuser/x", ["base_model: ", "~nosuchuser"]),
@@ -177,7 +194,11 @@ def test_a_dangling_link_at_output_is_not_written_through(here: Path) -> None:
 
 
 def test_all_missing_keys_are_told_at_once(tmp_path: Path) -> None:
-    assert [s.partition(":")[0] for s in refused(tmp_path, "recipe=merge")] == ["base_model", "adapter", "output"]
+    assert [s.partition(":")[0] for s in refused(tmp_path, "recipe=merge")] == [
+        "base_model",
+        "adapter",
+        "output",
+    ]
 
 
 def test_faults_of_different_stages_are_told_at_once(here: Path) -> None:
@@ -245,7 +266,9 @@ def test_an_adapter_that_differs_from_what_is_expected_is_refused(here: Path, ar
     sentence = refusal(here, *UNPROVED, argument)
     assert sentence.startswith(f"{key}: the recipe ")
     assert value.strip("[]") in sentence
-    assert {"rank": "has 4", "alpha": "has 8", "targeted_modules": "self_attn.q_proj (4 modules"}[key] in sentence
+    assert {"rank": "has 4", "alpha": "has 8", "targeted_modules": "self_attn.q_proj (4 modules"}[
+        key
+    ] in sentence
 
 
 @pytest.mark.parametrize(
@@ -289,7 +312,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(here: Path) -> None:
     before = listing(here)
     said = answer(*ARGUMENTS, "dry_run=true", cwd=here)
     assert (said.status, said.err) == (0, "")
-    for part in ("4 x LoRA rank 4 scale 2", "17 copied", "4 merged", "41.5 kB in 1 file", "float32", "bfloat16"):
+    for part in (
+        "4 x LoRA rank 4 scale 2",
+        "17 copied",
+        "4 merged",
+        "41.5 kB in 1 file",
+        "float32",
+        "bfloat16",
+    ):
         assert part in said.out
     assert listing(here) == before
 
@@ -352,7 +382,7 @@ ODD = [
     "with space",
     "par(en)s",
     "it's",
-    "double\"quote",
+    'double"quote',
     "both'\"",
     "br[ack]et",
     "br{ac}e",
@@ -368,34 +398,33 @@ ODD = [
     "-dash",
     "true",
     "3",
-    "[rich]",
     "new\nline",
 ]
 
 
 @pytest.mark.parametrize("odd", ODD)
-@pytest.mark.parametrize("prefix", ["", "./", "absolute"])
-def test_no_character_of_a_path_is_grammar(tmp_path: Path, odd: str, prefix: str) -> None:
-    folder = tmp_path / odd
-    write_base(folder / "base")
-    write_adapter(folder / "adapter")
-    typed = f"{tmp_path}/{odd}" if prefix == "absolute" else f"{prefix}{odd}"
+def test_no_character_of_a_path_is_grammar(tmp_path: Path, odd: str) -> None:
+    write_base(tmp_path / odd / "base")
+    write_adapter(tmp_path / "a" / odd)
     said = answer(
-        f"base_model={typed}/base", f"adapter={typed}/adapter", f"output={typed}/out",
-        f"report={typed}/report.json", "verify=none",
+        f"base_model={odd}/base", f"adapter=./a/{odd}", f"output={tmp_path}/o/{odd}", f"report=./{odd}/r.json",
+        "verify=none",
         cwd=tmp_path,
     )  # fmt: skip
     assert said.status == 0, said
-    assert (folder / "out" / "config.json").is_file()
-    assert (folder / "report.json").is_file()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [odd]
+    assert (tmp_path / "o" / odd / "config.json").is_file()
+    assert (tmp_path / odd / "r.json").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {odd, "a", "o"}
 
 
-@pytest.mark.parametrize("odd", [*ODD, "~tilde"])
-def test_a_path_may_end_in_any_character(tmp_path: Path, odd: str) -> None:
-    write_base(tmp_path / "b" / odd)
-    write_adapter(tmp_path / "a" / odd)
-    said = answer(f"base_model=b/{odd}", f"adapter=./a/{odd}", f"output=o/{odd}", "verify=none", cwd=tmp_path)
+@pytest.mark.parametrize("odd", ["~tilde", "[list]", "{table}", "'quoted'", '"quoted"', "${x}"])
+def test_a_path_that_begins_like_grammar_is_a_path_after_a_dot(tmp_path: Path, odd: str) -> None:
+    write_base(tmp_path / odd)
+    write_adapter(tmp_path / "adapter")
+    said = answer(f"base_model=./{odd}", "adapter=adapter", f"output=./o/{odd}", "verify=none", cwd=tmp_path)
+    if odd == "${x}":  # a reference to another key, wherever it stands
+        assert (said.status, said.errors) == (2, ["base_model: Interpolation key 'x' not found"])
+        return
     assert said.status == 0, said
     assert (tmp_path / "o" / odd / "config.json").is_file()
 
@@ -404,18 +433,38 @@ def test_a_path_may_end_in_any_character(tmp_path: Path, odd: str) -> None:
 def test_a_recipe_may_lie_anywhere(here: Path, odd: str) -> None:
     (here / odd).mkdir()
     (here / odd / f"{odd}.yaml").write_text("rank: 9\n")
-    for typed in (f"./{odd}/{odd}.yaml", f"{here}/{odd}/{odd}.yaml"):
-        assert refusal(here, f"recipe={typed}", *UNPROVED) == "rank: the recipe says 9, the adapter has 4"
+    typed = f"recipe=./{odd}/{odd}.yaml"
+    assert refusal(here, typed, *UNPROVED) == "rank: the recipe says 9, the adapter has 4"
+
+
+@pytest.mark.parametrize(
+    "typed", ["./sub/mine.yaml", "./sub/mine", "../{}/sub/mine.yaml", "{}/sub/mine.yaml"]
+)
+def test_a_recipe_file_is_taken_by_any_of_its_paths(here: Path, typed: str) -> None:
+    (here / "sub").mkdir()
+    (here / "sub" / "mine.yaml").write_text("rank: 9\n")
+    path = typed.format(here.name if typed.startswith("..") else here)
+    assert refusal(here, f"recipe={path}", *UNPROVED) == "rank: the recipe says 9, the adapter has 4"
 
 
 def test_home_is_meant_by_a_tilde(here: Path) -> None:
     (here / "mine.yaml").write_text("rank: 4\n")
-    arguments = ["recipe=~/mine.yaml", "base_model=~/base", "adapter=~/adapter", "output=~/out", "report=~/r.json"]
+    arguments = [
+        "recipe=~/mine.yaml",
+        "base_model=~/base",
+        "adapter=~/adapter",
+        "output=~/out",
+        "report=~/r.json",
+    ]
     before = listing(here)
     (elsewhere := here / "elsewhere").mkdir()
     said = answer(*arguments, "verify=none", cwd=elsewhere, env={"HOME": str(here)})
     assert said.status == 0, said
-    assert {p.partition("/")[0] for p in listing(here).keys() - before.keys()} == {"elsewhere", "out", "r.json"}
+    assert {p.partition("/")[0] for p in listing(here).keys() - before.keys()} == {
+        "elsewhere",
+        "out",
+        "r.json",
+    }
 
 
 def test_a_reference_on_the_command_line_is_the_users_to_make(here: Path) -> None:
@@ -508,9 +557,10 @@ def test_a_sweep_makes_one_folder_for_each_run_named_by_the_swept_keys(here: Pat
 
 def test_a_swept_key_may_also_be_a_path(here: Path) -> None:
     write_adapter(here / "other, adapter", adapter_tensors(seed=5))
-    said = answer(*SWEEP, "adapter=adapter,'other, adapter'", cwd=here)
+    others = [a for a in SWEEP if not a.startswith("adapter=")]
+    said = answer(*others, "adapter=adapter,'other, adapter'", cwd=here)
     assert said.status == 0, said
-    assert len(list((here / "sweep").iterdir())) == 2
+    assert sorted(p.name for p in (here / "sweep").iterdir()) == ["adapter=adapter", "adapter=other,_adapter"]
 
 
 @pytest.mark.parametrize("path", ["with, comma", "a,b"])
@@ -621,7 +671,10 @@ def test_a_killed_run_leaves_what_no_loader_takes_for_a_model_and_the_next_run_c
     halfway.kill()
     halfway.wait(timeout=60)
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
-    assert sorted(p.name for p in (tmp_path / "out.partial").iterdir()) == [".unfinished", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out.partial").iterdir()) == [
+        ".unfinished",
+        "model.safetensors",
+    ]
     arguments = [f"base_model={large}/base", f"adapter={large}/adapter", "output=out", "verify=none"]
     said = answer(*arguments, cwd=tmp_path)
     assert said.status == 0, said
@@ -671,8 +724,15 @@ def test_an_error_of_ours_is_told_in_one_sentence_and_leaves_nothing(
     assert listing(here) == before
 
 
-def test_a_reader_that_goes_away_does_not_make_the_run_say_what_is_not_so(here: Path) -> None:
-    command = f"'{sys.executable}' -m pipeline {' '.join(UNPROVED)} | true"
-    said = subprocess.run(["bash", "-c", command], cwd=here, capture_output=True, text=True, timeout=60)
-    assert not ((here / "out").exists() and "nothing was published" in said.stderr)
-    assert "Traceback" not in said.stderr
+def test_an_end_after_the_output_stands_does_not_say_that_nothing_was_published(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import door
+
+    def gone(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")  # `| head` has seen enough
+
+    monkeypatch.setattr(door, "show_report", gone)
+    said = answer(*UNPROVED, cwd=here)
+    assert (here / "out" / "config.json").is_file()
+    assert "nothing was published" not in said.err

@@ -10,6 +10,19 @@ from pipeline.ground.rounding import ulp
 # over the rank (well under 2^-22 for ranks up to some hundreds, accumulated in float32) and the sum.
 FLOAT32_SLACK = 2.0**-21
 
+# Relative error allowed to a sum that torch takes in float32 over up to a million elements of one sign (norms).
+FLOAT32_SUM = 1e-4
+
+# A mean of a million zero-mean float32 elements is off by about the element size times this.
+FLOAT32_MEAN = 1e-5
+
+# Log-probabilities in float32, renormalised in float64: their KL divergences agree to this, relatively.
+FLOAT32_KL = 1e-6
+
+# Logits of merged and unmerged float32 models differ by the order of float32 sums: by less than this
+# share of what the adapter does to them.
+FLOAT32_FORWARD = 1e-3
+
 
 def within_half_ulp(stored: torch.Tensor, exact: torch.Tensor, dtype: str, size: torch.Tensor) -> bool:
     """Whether stored values are the exact float64 ones, rounded once after a float32 sum of `size` parts."""

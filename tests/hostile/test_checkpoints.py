@@ -213,7 +213,10 @@ BEGIN, END = offsets()
         (with_header('{"a":' * 100_000, b""), "header cannot be read"),
         (with_header('{"a": ' + "9" * 5000 + "}", b""), "header cannot be read"),
         (with_header('{"a": 3}', b""), "tensor 'a' lacks dtype, shape or data_offsets"),
-        (with_header('{"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, "a": {}}', b"1234"), "twice"),
+        (
+            with_header('{"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, "a": {}}', b"1234"),
+            "twice",
+        ),
         (with_header('{"__metadata__": {"a": "b", "a": "c"}}', b""), "twice"),
         (crafted(metadata={"format": 3}), "is not a table of tensors and text"),
         (crafted(metadata=["pt"]), "is not a table of tensors and text"),

@@ -60,24 +60,29 @@ def test_hydras_own_settings_and_python_names_are_no_recipes_to_set(
     assert "'- override /merge: exact' under defaults" in sentence
 
 
+RESOLVERS = [
+    "hub/${oc.env:SECRET}",
+    "${oc.env:SECRET,none}",
+    "a\\\\${oc.env:SECRET}",
+    "${oc.decode:'${oc.env:SECRET}'}",
+    "${hydra:runtime.cwd}",
+    "${oc.create:{a: 1}}",
+    "${ oc.env : SECRET }",
+    "${oc.env:${names.secret}}",
+    "${${report}:SECRET}",
+    "${oc.${device}:SECRET}",
+    "${${report}:${names.secret}}",
+]
+
+
 @pytest.mark.parametrize(
-    "value",
+    ("key", "value"),
     [
-        "hub/${oc.env:SECRET}",
-        "${oc.env:SECRET,none}",
-        "a\\\\${oc.env:SECRET}",
-        "${oc.decode:'${oc.env:SECRET}'}",
-        "${hydra:runtime.cwd}",
-        "${oc.create:{a: 1}}",
-        "${ oc.env : SECRET }",
-        "${oc.env:${names.secret}}",
-        "${${report}:SECRET}",
-        "${oc.${device}:SECRET}",
-        "${${report}:${names.secret}}",
+        *(("base_model", value) for value in RESOLVERS),
+        *((key, value) for key in ("names.x", "targeted_modules.0") for value in RESOLVERS[:9:8]),
     ],
 )
-@pytest.mark.parametrize("key", ["base_model", "names.x", "targeted_modules.0"])
-def test_a_resolver_is_not_called(here: Path, value: str, key: str) -> None:
+def test_a_resolver_is_not_called(here: Path, key: str, value: str) -> None:
     # report, device and names hold what the last few put a resolver's name together from
     recipe = {
         "base_model": value if key == "base_model" else "base",
