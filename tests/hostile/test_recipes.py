@@ -7,6 +7,7 @@ runs), defaults lists that reach for more than recipes, and YAML that is no reci
 import json
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -310,17 +311,32 @@ def test_one_word_is_no_recipe(here: Path) -> None:
     assert "hello" in recipe_refusal(here, "hello\n")
 
 
-def test_an_alias_bomb_is_refused_at_once(here: Path) -> None:
-    letters = "abcdefgh"
-    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in zip(letters, letters[1:], strict=False)]
-    write(here, "\n".join(lines))
+def bomb(here: Path, text: str) -> str:
+    """What is said of a page of YAML that means gigabytes."""
+    write(here, text)
     before, begun = listing(here), time.monotonic()
-    said = run("recipe=./mine.yaml", *PLAN, cwd=here, timeout=20)
-    assert said.returncode == 2
-    assert "mine.yaml" in said.stderr
+    said = run("recipe=./mine.yaml", *PLAN, cwd=here, timeout=15)
     assert time.monotonic() - begun < 10
-    assert listing(here) == before
+    assert (said.returncode, listing(here)) == (2, before)
+    return said.stderr
+
+
+def test_an_alias_bomb_is_refused_at_once(here: Path) -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefgh")]
+    assert "mine.yaml: repeats a part by a YAML alias" in bomb(here, "\n".join(lines))
+
+
+def test_references_that_multiply_are_refused_at_once(here: Path) -> None:
+    lines = ["names:", "  a: xxxxxxxxxx"]
+    lines += [f"  {b}: '{f'${{names.{a}}}' * 10}'" for a, b in pairwise("abcdefgh")]
+    assert "error: " in bomb(here, "\n".join(lines))
+
+
+@pytest.mark.parametrize("pattern", ["'*_proj'", "layers.*.self_attn", "re:.*_proj", "self_attn # *all*"])
+def test_an_asterisk_in_a_value_is_no_alias(here: Path, pattern: str) -> None:
+    write(here, f"targeted_modules:\n  - {pattern}\n")
+    assert answer("recipe=./mine.yaml", *PLAN, cwd=here).status == 0
 
 
 # Names
@@ -329,7 +345,8 @@ def test_an_alias_bomb_is_refused_at_once(here: Path) -> None:
 def test_a_recipe_that_is_not_there_lists_the_near_name_and_all_names(here: Path) -> None:
     sentence = refusal(here, "recipe=lama31", *PLAN)
     assert sentence == (
-        "recipe: no recipe 'lama31'; did you mean llama31; there are inspect, llama31, merge, quickstart, verify"
+        "recipe: no recipe 'lama31'; did you mean llama31; "
+        "there are inspect, llama31, merge, quickstart, verify"
     )
 
 
