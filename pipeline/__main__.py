@@ -10,17 +10,19 @@ import re
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pipeline import compose, recipe_source, stage
+from pipeline.arguments import is_sweep, prepared
 from pipeline.door import Request, fulfil
 from pipeline.ground.errors import PipelineError, Refused
-from pipeline.ground.names import nearest
+from pipeline.ground.manifest import own_version
 from pipeline.ground.paths import bundled
-
-_PATH_KEYS = ("base_model", "adapter", "output", "report", "recipe")
+from pipeline.help import text
+from pipeline.sentences import sentence
 
 
 @dataclass
@@ -34,15 +36,18 @@ class Outcome:
 def main() -> int:
     """Runs what the command line asks for; the exit status."""
     arguments = sys.argv[1:]
-    stage.load_stages()
-    if not arguments or {"--help", "-h"} & set(arguments):
-        sys.stdout.write(help_text())
-        return 0
-    compose.register()
-    recipe_source.register()
     debug = "debug=true" in (a.lower().lstrip("+") for a in arguments)
     try:
-        return _run([_quoted(a, sweeps=_is_sweep(arguments)) for a in arguments])
+        stage.load_stages()
+        if not arguments or {"--help", "-h"} & set(arguments):
+            sys.stdout.write(text())
+            return 0
+        if "--version" in arguments:
+            sys.stdout.write(f"lora-pipeline {own_version()}\n")
+            return 0
+        compose.register()
+        recipe_source.register()
+        return _run(prepared(arguments))
     except KeyboardInterrupt:
         _tell("interrupted: nothing was published")
         return 130
@@ -50,10 +55,6 @@ def main() -> int:
         if debug:
             traceback.print_exc()
         return _failed(error)
-
-
-def _is_sweep(arguments: list[str]) -> bool:
-    return bool({"-m", "--multirun"} & set(arguments))
 
 
 def _run(arguments: list[str]) -> int:
@@ -69,13 +70,13 @@ def _run(arguments: list[str]) -> int:
     previous, sys.argv = sys.argv, [sys.argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with tempfile.TemporaryDirectory(prefix="pipeline-sweep-") as scratch:
-        if _is_sweep(arguments):
+        if is_sweep(arguments):
             sys.argv += [f"hydra.sweep.dir='{scratch}'", *_unswept(arguments)]
         try:
             task()
         finally:
             sys.argv = previous
-    if _is_sweep(arguments) and outcomes:
+    if is_sweep(arguments) and outcomes:
         from pipeline.ground.terminal import show_sweep
 
         show_sweep([outcome.row for outcome in outcomes])
@@ -152,76 +153,42 @@ def _failed(error: Exception) -> int:
     if isinstance(error, HydraException | OmegaConfBaseException):
         _tell(_composition_sentence(error))
         return 2
+    if isinstance(error, RecursionError):
+        _tell(f"recipe: '{_argument('recipe')}' builds on itself, or is nested too deeply")
+        return 2
+    if isinstance(error, ValueError) and "Config group override must be a string" in str(error):
+        groups: dict[str, Iterable[str]] = {slot: compose.offered(slot) for slot in stage.SLOTS}
+        groups["recipe"] = recipe_source.names()
+        key = next((key for key in groups if _argument(key) == "null"), "recipe")
+        _tell(f"{key}: null is no choice; choose {', '.join(sorted(groups[key]))}")
+        return 2
     if isinstance(error, OSError) and error.errno is not None:
-        _tell(f"{error.filename or 'a file'}: {error.strerror}; nothing was published")
+        _tell(f"{error.filename or 'writing'}: {error.strerror}; the run ended there")
         return 1
     reason = (str(error).splitlines() or [""])[0]
     _tell(f"internal error: {type(error).__name__}: {reason}; run again with debug=true and report it")
     return 1
 
 
-def _tell(sentence: str) -> None:
-    sys.stderr.write(f"error: {sentence}\n")
+def _argument(key: str) -> str:
+    """The value that the command line gives a key."""
+    return next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith(f"{key}=")), "")
+
+
+def _tell(what: str) -> None:
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in what)
+    sys.stderr.write(f"error: {plain}\n")
 
 
 def _composition_sentence(error: Exception) -> str:
     """Hydra's and OmegaConf's errors about a request, as one sentence."""
     if isinstance(error, recipe_source.RecipeError):
         return str(error)
-    text = " ".join(str(part) for part in (error, error.__cause__) if part is not None)
-    if found := re.search(r"[Cc]ould not (?:find|load) '?recipe/([^'\n]+?)'?(?:\.|\n|$|\s)", text):
-        known = recipe_source.names()
-        return f"recipe: no recipe '{found[1]}'{nearest(found[1], known)}; there are {_listed(known)}"
-    if found := re.search(r"[Cc]ould not (?:find|load) '(\w+)/([^'\n]+)'", text):
-        slot = found[1]
-        return f"{slot}: no stage '{found[2]}'; choose {_listed(_choices(slot))}"
-    if found := re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text):
-        full = re.search(r"full_key: (\S+)", text)
-        key = full[1] if full else found[1]
-        return f"{key}: no such key{nearest(key, _all_keys())}"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return f"{found[1]}: no such key{nearest(found[1], _all_keys())}"
-    if found := re.search(
-        r"override (\S+?)=(.*?)\n?.*Invalid value '.*', expected one of \[(.*?)\]", text, re.DOTALL
-    ):
-        return f"{found[1]}: '{found[2]}' is none of {found[3]}"
-    full = re.search(r"full_key: (\S+)", text)
-    first = text.splitlines()[0]
-    return f"{full[1]}: {first}" if full and full[1] not in first else first
-
-
-def _choices(slot: str) -> list[str]:
-    return sorted(compose.offered(slot)) if slot in stage.SLOTS else []
-
-
-def _all_keys() -> list[str]:
-    nodes = [(slot, node) for slot in stage.SLOTS for node in compose.offered(slot).values()]
-    inner = [f"{slot}.{f.name}" for slot, node in nodes for f in fields(node)]
-    return [*compose.ROOT_KEYS, *stage.SLOTS, "recipe", *inner]
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(sorted(names))
-
-
-def _quoted(argument: str, sweeps: bool) -> str:
-    """A path value in quotes, so that no character of it is taken for Hydra's grammar."""
-    found = re.fullmatch(rf"({'|'.join(_PATH_KEYS)})=(.+)", argument, re.DOTALL)
-    if not found or found[2][0] in "'\"[{" or found[2].startswith("${"):
-        return argument
-    key, value = found.groups()
-    if re.fullmatch(r"[\w./@:+-]+", value) or (sweeps and "," in value and not Path(value).exists()):
-        return argument
-    escaped = re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", value)
-    escaped += "\\" * (len(escaped) - len(escaped.rstrip("\\")))
-    return f"{key}='{escaped}'"
-
-
-def help_text() -> str:
-    """What can be typed: recipes, keys, stages."""
-    from pipeline.help import text
-
-    return text()
+    text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
+    offered = {slot: compose.offered(slot) for slot in stage.SLOTS}
+    inner = [f"{s}.{f.name}" for s, nodes in offered.items() for node in nodes.values() for f in fields(node)]
+    keys = [*compose.ROOT_KEYS, *stage.SLOTS, "recipe", *inner]
+    return sentence(text, recipe_source.names(), offered, keys)
 
 
 if __name__ == "__main__":

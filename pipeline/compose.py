@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields, make_dataclass
@@ -16,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
+from pipeline.ground.names import nearest
 from pipeline.ground.units import parse_bytes
 from pipeline.stage import CHOICES, SLOTS, STAGES, Pipeline, Save, Stage
 
@@ -47,7 +50,7 @@ class Root:
     """dtype in which W + delta is computed"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps or xpu: where decoding and merging compute"""
-    names: dict[str, str] = field(default_factory=dict)
+    names: Any = None
     """renames {from: to} from adapter modules to checkpoint names"""
     memory_limit: Any = None
     """memory for tiles and models beyond the libraries, as 4GB; default: what is free"""
@@ -101,7 +104,8 @@ def register() -> None:
 def build(cfg: DictConfig) -> Pipeline:
     """The pipeline of a composed config; Refused, with all reasons, where a value is missing or unfit."""
     stages: dict[str, type[Stage]] = {}
-    wrong: list[str] = []
+    known = {f.name for f in fields(Root)}
+    wrong = [f"{key}: no such key{nearest(key, known)}" for key in map(str, cfg) if key not in known]
     for slot in SLOTS:
         try:
             stages[slot] = _chosen(slot, cfg)
@@ -138,6 +142,9 @@ def _chosen(slot: str, cfg: DictConfig) -> type[Stage]:
 
 def _own_values(slot: str, cls: type[Stage], cfg: DictConfig) -> dict[str, Any]:
     """The settings under the slot; under `auto` those that were changed, which the stage must all have."""
+    known = [f.name for f in fields(OmegaConf.get_type(cfg, slot))]  # type: ignore[arg-type]
+    if foreign := [key for key in cfg[slot] if key not in known]:
+        raise Refused(f"{slot}.{foreign[0]}: no such key{nearest(foreign[0], known)}")
     values = vars(OmegaConf.to_object(cfg[slot]))
     if OmegaConf.get_type(cfg, slot) is not offered(slot).get("auto") or "auto" in STAGES[slot]:
         return values
@@ -167,12 +174,26 @@ def _root_values(cfg: DictConfig, save: type[Stage]) -> dict[str, Any]:
     if missing:
         raise Refused(*missing)
     values = {key: cfg[key] for key in ROOT_KEYS}
-    values["names"] = dict(cfg.names)
-    values["output"] = Path(cfg.output or ".").expanduser()
+    values["names"] = _renames(cfg.names)
+    values["output"] = _output(cfg.output or ".")
     values["targeted_modules"] = _module_list("targeted_modules", cfg.targeted_modules)
     if cfg.memory_limit is not None:
         values["memory_limit"] = parse_bytes("memory_limit", cfg.memory_limit)
     return values
+
+
+def _output(value: str) -> Path:
+    path = os.path.expanduser(value)  # noqa: PTH111  ./~x is no home
+    if path.startswith("~"):
+        raise Refused(f"output: '{value}' names no user's home; write ./{value} for a folder called so")
+    return Path(path)
+
+
+def _renames(value: Any) -> dict[str, str]:
+    table = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value or {}
+    if isinstance(table, dict) and all(isinstance(v, str) for part in table.items() for v in part):
+        return {str(old): str(new) for old, new in table.items()}
+    raise Refused(f"names: {table!r} is not a table of names; write {{from: to}}")
 
 
 def _module_list(key: str, value: Any) -> tuple[str, ...] | None:
@@ -184,6 +205,11 @@ def _module_list(key: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
+        for pattern in (v[3:] for v in value if v.startswith("re:")):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise Refused(f"{key}: 're:{pattern}' is not a regular expression ({error})") from None
         return tuple(value)
     raise Refused(
         f"{key}: {value!r} is not a list of module names; write [q_proj, v_proj] or {{filter: 'a, b'}}"
@@ -200,7 +226,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
             found[str(key)] = {k: v for k, v in value.items() if v is not None}
         elif key in ("output", "report", "debug", "dry_run") or value in (None, {}, []):
             continue
-        elif key in ("base_model", "adapter") and Path(str(value)).expanduser().exists():
+        elif key in ("base_model", "adapter") and os.path.exists(os.path.expanduser(str(value))):  # noqa: PTH110, PTH111
             found[str(key)] = Path(str(value)).name
         else:
             found[str(key)] = value.value if isinstance(value, Enum) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,7 @@ class Request:
 
 def fulfil(request: Request) -> Report | None:
     """Plans, and unless that is all, runs and publishes; PipelineError if verification refuses the result."""
-    if request.report and not request.report.absolute().parent.is_dir():
-        raise Refused(f"report: '{request.report.parent}' is not a folder; give a file in one that exists")
+    _check_report(request.report)
     plan = request.pipeline.plan()
     look_only = not request.pipeline.save.needs_output
     show_plan(plan, every_weight=look_only)
@@ -38,8 +36,16 @@ def fulfil(request: Request) -> Report | None:
     if request.pipeline.save.writes:
         return _published(request)
     report = request.pipeline.run()
+    _write_report(report, request)
     _judge(report, request, request.pipeline.save.output)
     return report
+
+
+def _check_report(path: Path | None) -> None:
+    if path and path.is_dir():
+        raise Refused(f"report: '{path}' is a folder; give a file")
+    if path and not path.absolute().parent.is_dir():
+        raise Refused(f"report: '{path.parent}' is not a folder; give a file in one that exists")
 
 
 def _published(request: Request) -> Report:
@@ -49,14 +55,18 @@ def _published(request: Request) -> Report:
         manifest = {k: v for k, v in report.manifest.items() if k != "save"}
         write_json(place.folder / NAME, {**manifest, "request": request.settings, "verified": verdict})
         write_json(place.folder / "report.json", report.as_dict())
+        _write_report(report, request)
         stands_at = place.publish() if report.passed else place.reject()
     _judge(report, request, stands_at)
     return report
 
 
-def _judge(report: Report, request: Request, stands_at: Path) -> None:
+def _write_report(report: Report, request: Request) -> None:
     if request.report:
-        request.report.write_text(json.dumps(report.as_dict(), indent=2) + "\n", "utf-8")
+        write_json(request.report, report.as_dict())
+
+
+def _judge(report: Report, request: Request, stands_at: Path) -> None:
     show_report(report, f"{'done' if report.passed else 'refused'}: {stands_at}")
     failed = [gate for gate in report.gates if gate.status is Status.failed]
     if failed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasEvent, YAMLError
 
 from pipeline.ground.paths import bundled
+from pipeline.stage import SLOTS
 
 GROUP = "recipe"
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
@@ -81,7 +83,9 @@ def _read(path: Path) -> DictConfig:
         if any(isinstance(event, AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise RecipeError(f"{path}: repeats a part by a YAML alias (*name); write it out")
         config = OmegaConf.create(text)
-        screen(OmegaConf.to_container(config, resolve=False), str(path))
+        table = OmegaConf.to_container(config, resolve=False)
+        screen(table, str(path))
+        _screen_references(table, str(path))
     except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path}: is not a recipe in YAML ({reason})") from error
@@ -130,17 +134,45 @@ def screen(node: Any, where: str, key: str = "") -> None:
                     "a stage is chosen by name, with '- override /merge: exact' under defaults"
                 )
             if inner == "defaults":
-                for entry in value if isinstance(value, list) else [value]:
+                if not isinstance(value, list):
+                    raise RecipeError(f"{where}: defaults: {value!r} is not a list; write [{value}]")
+                for entry in value:
                     _screen_default(entry, where)
+            elif inner in SLOTS and not isinstance(value, dict):
+                name = value if isinstance(value, str) and _NAME.fullmatch(value) else "NAME"
+                raise RecipeError(
+                    f"{where}: {inner}: {value!r} is not a table of settings; a stage is chosen by name, "
+                    f"with '- override /{inner}: {name}' under defaults"
+                )
             else:
                 screen(value, where, inner)
     elif isinstance(node, list):
         for i, value in enumerate(node):
             screen(value, where, f"{key}[{i}]")
-    elif isinstance(node, str) and re.search(r"\$\{[^}]*:", node):
+    elif isinstance(node, str) and "${" in re.sub(r"\$\{[\w.]+\}", "", node):
         raise RecipeError(
             f"{where}: '{key}: {node}' calls a resolver; write the value, or pass it on the command line"
         )
+
+
+def _screen_references(table: Any, where: str) -> None:
+    """Raises RecipeError where a reference leads to another one: a page of those grows to gigabytes."""
+    values: dict[str, str] = dict(_texts(table, ""))
+    referring = {key for key, value in values.items() if "${" in value}
+    for key in referring:
+        for target in re.findall(r"\$\{([\w.]+)\}", values[key]):
+            if any(other == target or other.startswith(f"{target}.") for other in referring):
+                raise RecipeError(
+                    f"{where}: '{key}: {values[key]}' refers to {target}, which refers further; write it out"
+                )
+
+
+def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _texts(value, f"{key}.{name}".lstrip("."))
 
 
 def _screen_default(entry: Any, where: str) -> None:
@@ -149,7 +181,7 @@ def _screen_default(entry: Any, where: str) -> None:
         allowed = entry == "_self_" or _NAME.fullmatch(entry) is not None
     elif isinstance(entry, dict) and len(entry) == 1:
         [(slot, name)] = entry.items()
-        fits = re.fullmatch(r"override /(?!hydra\b)[a-z]+", str(slot)) is not None
+        fits = re.fullmatch(r"override /(?!hydra\b|recipe\b)[a-z]+", str(slot)) is not None
         allowed = fits and isinstance(name, str) and _NAME.fullmatch(name) is not None
     if not allowed:
         raise RecipeError(

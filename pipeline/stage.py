@@ -158,10 +158,17 @@ def choice(base: type[Stage]) -> Callable[[Choice], Choice]:
 def load_stages() -> None:
     """Imports our own stages and those of installed packages, which registers them."""
     package = import_module("pipeline.stages")
-    for module in walk_packages(package.__path__, "pipeline.stages."):
-        import_module(module.name)
+    for found in walk_packages(package.__path__, "pipeline.stages."):
+        import_module(found.name)
     for entry in entry_points(group="pipeline.stages"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # whatever somebody else's module raises
+            owner = entry.dist.name if entry.dist else "an installed package"
+            raise Refused(
+                f"pipeline.stages: '{entry.name}' of {owner} cannot be loaded "
+                f"({type(error).__name__}: {error}); mend or uninstall it"
+            ) from error
 
 
 def refuse_together(calls: Iterable[Callable[[], object]]) -> None:

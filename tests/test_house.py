@@ -16,7 +16,7 @@ from tests.command import ARGUMENTS, run
 
 HOUSE = Path(pipeline.__file__).parent
 FILES = sorted(path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.py"))
-DOOR = {"__main__", "door", "compose", "recipe_source", "help"}
+DOOR = {"__main__", "arguments", "compose", "door", "help", "recipe_source", "sentences"}
 CONTRACT = {"stage", "weight", "layout", "stream"}
 FLOORS = ["ground", "contract", "stages", "door"]  # from below
 HEAVY = {"torch", "transformers", "peft", "gguf", "tokenizers"}

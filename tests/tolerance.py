@@ -10,7 +10,7 @@ from pipeline.ground.rounding import ulp
 # over the rank (well under 2^-22 for ranks up to some hundreds, accumulated in float32) and the sum.
 FLOAT32_SLACK = 2.0**-21
 
-# Relative error allowed to a sum that torch takes in float32 over up to a million elements of one sign (norms).
+# Relative error of a sum that torch takes in float32 over up to a million elements of one sign (norms).
 FLOAT32_SUM = 1e-4
 
 # A mean of a million zero-mean float32 elements is off by about the element size times this.

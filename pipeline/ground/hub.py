@@ -5,6 +5,7 @@ Everything that can go wrong on the way is a `Refused` of one sentence. Pickles 
 
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -82,7 +83,7 @@ def locate(key: str, value: str, files: Files = CHECKPOINT, *, download: bool = 
     Refused: no such path, repository or revision; gated; unreachable; no space; no safetensors.
     """
     try:
-        path = Path(value).expanduser()
+        path = Path(os.path.expanduser(value))  # noqa: PTH111  ./~x is no home
         if value.strip() and path.exists():
             return Source(path.absolute(), value)
     except (OSError, RuntimeError) as problem:  # a folder we may not enter, ~nobody

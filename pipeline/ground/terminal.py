@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from pipeline.ground.report import Action, Plan, Report, Status, retained, unique
 from pipeline.ground.units import show_bytes, show_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+P = ParamSpec("P")
 
 
 def console() -> Console:
@@ -19,6 +26,21 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
+def _while_someone_listens(show: Callable[P, None]) -> Callable[P, None]:
+    """A pipe that was closed ends the showing, not the run."""
+
+    @wraps(show)
+    def showing(*arguments: P.args, **named: P.kwargs) -> None:
+        try:
+            show(*arguments, **named)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for whatever is still said
+
+    return showing
+
+
+@_while_someone_listens
 def show_plan(plan: Plan, every_weight: bool = False) -> None:
     """The plan; with `every_weight` a line for each that changes."""
     out = console()
@@ -40,9 +62,10 @@ def show_plan(plan: Plan, every_weight: bool = False) -> None:
                 what = ", ".join(w.deltas) or w.action.name
                 out.print(f"  {w.name} {list(w.shape)} {w.source} -> {w.dtype}: {what}", markup=False)
     for finding in plan.findings:
-        out.print(f"  note: {finding.text}")
+        out.print(f"  note: {finding.text}", markup=False)
 
 
+@_while_someone_listens
 def show_report(report: Report, stands_at: str) -> None:
     """What was done, what verification saw, the answers, and where the result is."""
     out = console()
@@ -68,6 +91,7 @@ def show_report(report: Report, stands_at: str) -> None:
     out.print(stands_at, markup=False)
 
 
+@_while_someone_listens
 def show_sweep(rows: list[dict[str, Any]]) -> None:
     """One line for each run of a sweep."""
     from rich.table import Table

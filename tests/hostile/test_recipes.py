@@ -107,7 +107,7 @@ def test_a_plain_reference_to_another_key_is_data(here: Path) -> None:
 @pytest.mark.parametrize("value", ["${base_model}", "${nokey}", "${hydra.job.name}", "${merge}"])
 def test_a_reference_that_leads_nowhere_names_its_key(here: Path, value: str) -> None:
     sentence = recipe_refusal(here, f"base_model: {value}", "adapter=adapter", "output=out", "dry_run=true")
-    assert sentence.startswith("base_model: "), sentence
+    assert "base_model: " in sentence, sentence
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_an_unknown_key_is_refused_at_every_level(here: Path, text: str, sentenc
         ("~merge: null", ["merge", "no such key"]),
         ("+merge: {x: 1}", ["+merge", "no such key"]),
         ("+merge._target_: os.system", ["_target_"]),
-        ("merge: null", ["merge: choose one of exact"]),
+        ("merge: null", ["merge: ", "None", "override /merge: NAME"]),
         ("merge: 3", ["merge: ", "3"]),
         ("merge: exact", ["merge: ", "'exact'", "override /merge: exact"]),
         ("merge: ${save}", ["merge: "]),

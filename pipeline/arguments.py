@@ -1,0 +1,79 @@
+"""The command line before Hydra sees it: paths in quotes, slips told in a sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pipeline.ground.errors import Refused
+
+_PATH_KEYS = ("base_model", "adapter", "output", "report", "recipe")
+_FLAGS = re.compile(  # Hydra's own
+    r"-m|--multirun|-c|--cfg|-p|--package|--resolve|--run|-r|--info|-i|--hydra-help|--shell-completion|-sc|"
+    r"--config-path|-cp|--config-name|-cn|--config-dir|-cd|--experimental-rerun"
+)
+
+
+def is_sweep(arguments: list[str]) -> bool:
+    """Whether one run for each combination of values is asked for."""
+    return bool({"-m", "--multirun"} & set(arguments))
+
+
+def prepared(arguments: list[str]) -> list[str]:
+    """The arguments as Hydra may read them; Refused, all of it at once, for what is no argument."""
+    sweeps, value_follows = is_sweep(arguments), False
+    ready: list[str] = []
+    wrong: list[str] = []
+    for argument in arguments:
+        try:
+            ready.append(argument if value_follows else _prepared(argument, sweeps))
+        except Refused as refusal:
+            wrong += refusal.sentences
+        value_follows = argument in {"-c", "--cfg", "-p", "--package", "-cp", "-cn", "-cd"} or (
+            argument.startswith("--config") and "=" not in argument
+        )
+    if sweeps and any(argument.startswith("report=") for argument in arguments):
+        wrong.append("report: every run of a sweep writes its own report.json; leave report= out")
+    if wrong:
+        raise Refused(*wrong)
+    return ready
+
+
+def _prepared(argument: str, sweeps: bool) -> str:
+    if argument.startswith("-"):
+        if not _FLAGS.fullmatch(argument.partition("=")[0]):
+            raise Refused(f"'{argument}' is not an option; settings are KEY=VALUE, as dry_run=true")
+        return argument
+    key, equals, value = argument.partition("=")
+    if argument.startswith("~") and not equals:
+        return argument  # Hydra's way to delete a key, which it refuses by name
+    if not equals or not key:
+        raise Refused(f"'{argument}' is not KEY=VALUE")
+    if key not in _PATH_KEYS or (value[:1] in "'\"[{" and value) or value.startswith("${"):
+        return argument
+    if not value or value == "null":
+        return argument
+    if sweeps and "," in value and not os.path.lexists(os.path.expanduser(value)):  # noqa: PTH111
+        return argument  # several values
+    return f"{key}={_quoted(_recipe_path(value) if key == 'recipe' else value)}"
+
+
+def _recipe_path(value: str) -> str:
+    """A recipe's file as an absolute path, so that it means the file from here; a name stays a name."""
+    looks_like_path = value.startswith((".", "/", "~")) or ".." in value.split("/")
+    path = Path(os.path.abspath(os.path.expanduser(value)))  # noqa: PTH100, PTH111  ~nobody is no error
+    named = path if path.suffix in (".yaml", ".yml") else path.with_name(path.name + ".yaml")
+    if not looks_like_path and not (value.endswith((".yaml", ".yml")) and named.is_file()):
+        return value
+    if not named.is_file():
+        raise Refused(f"recipe: '{value}' does not exist; give a recipe's name or a YAML file")
+    return str(named)
+
+
+def _quoted(value: str) -> str:
+    """In quotes, so that no character of it is taken for Hydra's grammar."""
+    if re.fullmatch(r"[\w./@:+-]+", value, re.ASCII):
+        return value
+    escaped = re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", value)
+    return "'" + escaped + "\\" * (len(escaped) - len(escaped.rstrip("\\"))) + "'"
