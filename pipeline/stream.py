@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pipeline.ground.digests import Digest
 from pipeline.ground.files import read_into
-from pipeline.ground.metrics import Statistics, TileFacts, is_sampled, tile_facts
+from pipeline.ground.metrics import Statistics, TileFacts, is_finite, is_sampled, tile_facts
 from pipeline.ground.parallel import in_order, keep_freed_memory
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Action
@@ -29,6 +29,7 @@ class Written(NamedTuple):
 
     digests: list[Digest]
     statistics: dict[str, Statistics]
+    overflown: list[str]  # weights that no delta reached, but whose dtype no longer holds their values
 
 
 class _Chunk(NamedTuple):
@@ -38,6 +39,7 @@ class _Chunk(NamedTuple):
     place: Place
     buffer: memoryview
     facts: TileFacts | None = None
+    overflown: bool = False
 
 
 _Task = Callable[[], "_Chunk | Callable[[], None]"]  # a chunk, or what to do once all before it are done
@@ -56,6 +58,7 @@ def write_shards(
     digests: list[Digest] = []
     facts: dict[str, list[TileFacts]] = defaultdict(list)
     sizes: dict[str, int] = {}
+    overflown: dict[str, None] = {}
     with ExitStack() as opened, _one_thread_each():  # what a failed run leaves open is closed here
         tasks = _tasks(shards, folder, device, opened, lambda writer: digests.append(writer.digest()))
         done = opened.enter_context(in_order(tasks, num_workers(), window))
@@ -65,10 +68,13 @@ def write_shards(
                 continue
             chunk.writer.hashed(chunk.buffer)
             bar.advance(len(chunk.buffer))
+            if chunk.overflown:
+                overflown[chunk.place.slot.name] = None
             if chunk.facts:
                 facts[chunk.place.slot.name].append(chunk.facts)
                 sizes[chunk.place.slot.name] = chunk.place.weight.num_rows * chunk.place.weight.num_columns
-    return Written(digests, {name: Statistics.gathered(sizes[name], facts[name]) for name in facts})
+    statistics = {name: Statistics.gathered(sizes[name], facts[name]) for name in facts}
+    return Written(digests, statistics, list(overflown))
 
 
 @contextmanager
@@ -139,9 +145,11 @@ def _tile(place: Place, writer: ShardWriter, tiles: Tiles, start: int, stop: int
     slot = place.slot
     tile = tiles(start, stop)
     stored = round_to(tile.value, slot.dtype)
-    facts = None
-    if tile.delta is not None:
+    facts, overflown = None, False
+    if tile.delta is None:
+        overflown = not is_finite(stored) and bool((tile.value.isfinite() & ~stored.isfinite()).any())
+    else:
         facts = tile_facts(stored, tile.base, round_to(tile.base, slot.dtype), tile.delta, sampled)
     buffer = memoryview(stored.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     writer.write(slot.offset + start * (slot.length // place.weight.num_rows), buffer)
-    return _Chunk(writer, place, buffer, facts)
+    return _Chunk(writer, place, buffer, facts, overflown)

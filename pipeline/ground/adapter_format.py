@@ -6,11 +6,10 @@ talks nonsense.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.shards import Entry, Shard, read_shard
+from pipeline.ground.tables import read_table
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -122,17 +122,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise Refused(_no_adapter(folder))
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise Refused(f"{path}: is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise Refused(f"{path}: is not a table of fields")
-    return config
+    return read_table(path)
 
 
 def _no_adapter(folder: Path) -> str:
-    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+    inside = sorted((p.parent.name for p in folder.glob(f"*/{CONFIG}")), key=_by_number)
     if inside:
         return f"adapter: '{folder}' is not an adapter but holds some: {', '.join(inside)}; give one of them"
     if (folder / "config.json").is_file():
@@ -140,15 +134,20 @@ def _no_adapter(folder: Path) -> str:
     return f"adapter: '{folder}' holds no {CONFIG}"
 
 
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts checkpoint-90 before checkpoint-500."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def _wrong_fields(path: Path, config: Mapping[str, Any]) -> list[str]:
     wrong = []
     if (kind := config.get("peft_type")) != "LORA":
         wrong.append(f"{path}: peft_type is {kind!r}; this version merges LORA")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not _is_rank(rank):
         wrong.append(f"{path}: r is {rank!r}, not a rank")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        wrong.append(f"{path}: lora_alpha is {alpha!r}, not a number")
+    if not _is_number(alpha):
+        wrong.append(f"{path}: lora_alpha is {alpha!r}, not a finite number")
     if config.get("bias", "none") != "none":
         wrong.append(
             f"{path}: bias is {config['bias']!r}; this version merges adapters without trained biases"
@@ -168,10 +167,22 @@ def _wrong_fields(path: Path, config: Mapping[str, Any]) -> list[str]:
     for field, value in config.items():
         if field not in _INFORMATIVE and field not in _UNSUPPORTED and value not in (None, False, [], {}, ""):
             wrong.append(f"{path}: field {field!r} ({value!r}) is not known and may change the result")
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(field) or {}, dict):
-            wrong.append(f"{path}: {field} is not a table of patterns and numbers")
+    for field, fits, what in (("rank_pattern", _is_rank, "ranks"), ("alpha_pattern", _is_number, "numbers")):
+        table = config.get(field) or {}
+        if not isinstance(table, dict) or not all(fits(value) for value in table.values()):
+            wrong.append(f"{path}: {field} is {table!r}, not a table of patterns and {what}")
+    for field in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(field), bool | None):
+            wrong.append(f"{path}: {field} is {config[field]!r}, neither true nor false")
     return wrong
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _deltas(shard: Shard, config: Mapping[str, Any]) -> dict[str, Delta]:

@@ -50,6 +50,14 @@ def is_sampled(tile: int, num_tiles: int) -> bool:
     return tile % -(-num_tiles // SAMPLED_TILES) == 0
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN."""
+    if not values.numel() or not values.is_floating_point():
+        return True
+    least, most = (float(x) for x in values.aminmax())  # aminmax hands NaN on
+    return -inf < least <= most < inf
+
+
 def tile_facts(stored: Tensor, before: Tensor, rounded: Tensor, delta: Tensor, sampled: bool) -> TileFacts:
     """Facts of a merged tile: `before` the decoded base, `rounded` the same in the stored dtype."""
     import torch

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.ground.errors import Refused
+from pipeline.ground.tables import read_table
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -57,15 +58,21 @@ class ConfigFile:
                 return str(found.get("quant_method") or "an unnamed method")
         return None
 
+    def check(self) -> None:
+        """Refused if it stands there and would have a loader run code."""
+        if self.path.is_file():
+            self.read()
+
     def read(self) -> dict[str, Any]:
         try:
-            config = json.loads(self.path.read_text("utf-8"))
+            config = read_table(self.path)
+            levels = _levels(config)
         except FileNotFoundError:
             raise Refused(f"{self.path.parent}: has no config.json") from None
-        except ValueError as error:
-            raise Refused(f"{self.path}: is not JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise Refused(f"{self.path}: is not a table of fields")
+        except RecursionError:
+            raise Refused(f"{self.path}: is nested too deeply") from None
+        if odd := [key for level in levels for key in level if key.startswith("_attn_implementation")]:
+            raise Refused(f"{self.path}: sets '{odd[0]}', by which old loaders fetch and run code; remove it")
         return config
 
     def text(self, edits: Mapping[str, Any]) -> str:

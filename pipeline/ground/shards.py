@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.ground import dtypes
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import Extent, File, read_into
+from pipeline.ground.tables import parse_table, read_table
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -62,11 +63,8 @@ def _read_shard(file: File) -> Shard:
             raise Refused(f"{file.path}: is truncated or not a safetensors file; fetch it again")
         header = bytearray(8 + length)
         read_into(descriptor, 0, memoryview(header))
-    try:
-        table = json.loads(header[8:].decode(), object_pairs_hook=_unique)
-    except ValueError as error:
-        raise Refused(f"{file.path}: its safetensors header cannot be read ({error})") from None
-    metadata = table.pop("__metadata__", {}) if isinstance(table, dict) else None
+    table = parse_table(bytes(header[8:]), f"{file.path}: its safetensors header")
+    metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Refused(f"{file.path}: its safetensors header is not a table of tensors and text")
     entries = [_entry(file, 8 + length, name, spec) for name, spec in table.items()]
@@ -83,16 +81,10 @@ def _read_shard(file: File) -> Shard:
     return Shard(file, bytes(header), metadata, tuple(entries))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key '{next(n for n in names if names.count(n) > 1)}' stands twice")
-    return table
-
-
 def _entry(file: File, start: int, name: str, spec: Any) -> Entry:
     where = f"{file.path}: tensor '{name}'"
+    if not name.isprintable():
+        raise Refused(f"{file.path}: tensor {name!r} has a name that cannot be printed")
     try:
         dtype, shape, (begin, end) = spec["dtype"], tuple(spec["shape"]), spec["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -114,6 +106,8 @@ def read_checkpoint(folder: Path) -> tuple[Shard, ...]:
         return (read_shard(folder / SINGLE),)  # as transformers: a single file comes before an index
     if index.is_file():
         return _read_indexed(folder, index)
+    if (folder / "adapter_config.json").is_file():
+        raise Refused(f"{folder}: holds an adapter, not a model; give it as adapter=")
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if len(found) > 1:
         raise Refused(f"{folder}: holds {len(found)} safetensors files but no {INDEX} that says which count")
@@ -127,12 +121,9 @@ def _indexed_shards(index: Path) -> set[str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text("utf-8"), object_pairs_hook=_unique)["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{index}: is not an index with a weight_map ({error})") from None
-    if not isinstance(weight_map, dict):
-        raise Refused(f"{index}: its weight_map is not a table of names and files")
+    weight_map = read_table(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Refused(f"{index}: has no weight_map, a table of tensor names and files")
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard
         if not plain or "\\" in shard:
@@ -164,8 +155,6 @@ def _no_weights(folder: Path) -> str:
             f"{folder}: holds its weights as pickles ({pickles[0]}), which can run code; "
             "convert them to safetensors first"
         )
-    if (folder / "adapter_config.json").is_file():
-        return f"{folder}: holds an adapter, not a model; give it as adapter="
     if not any(folder.iterdir()):
         return f"{folder}: is empty; a checkpoint folder holds config.json and {SINGLE}"
     return f"{folder}: holds no weights ({SINGLE}, or {INDEX} with its shards)"

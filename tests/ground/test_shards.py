@@ -15,7 +15,7 @@ from pipeline.ground.dtypes import num_bytes, torch_dtype
 from pipeline.ground.shards import lay_out, read_shard
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
-    lambda n: n != "__metadata__"
+    lambda n: n != "__metadata__" and n.isprintable()
 )
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 dtypes = st.sampled_from(["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"])

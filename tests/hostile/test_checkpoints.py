@@ -206,12 +206,12 @@ BEGIN, END = offsets()
         (safetensors_bytes(base_tensors())[:-1], "is truncated: 1 bytes are missing; fetch it again"),
         (safetensors_bytes(base_tensors())[:9000], "bytes are missing; fetch it again"),
         (crafted(data=b"hidden"), "6 bytes follow its last tensor"),
-        (with_header("{", b""), "header cannot be read"),
-        (with_header("[]", b""), "is not a table of tensors"),
-        (with_header("null", b""), "is not a table of tensors"),
-        (with_header("[" * 100_000, b""), "header cannot be read"),
-        (with_header('{"a":' * 100_000, b""), "header cannot be read"),
-        (with_header('{"a": ' + "9" * 5000 + "}", b""), "header cannot be read"),
+        (with_header("{", b""), "header is not JSON"),
+        (with_header("[]", b""), "is not a table of fields"),
+        (with_header("null", b""), "is not a table of fields"),
+        (with_header("[" * 100_000, b""), "header is not JSON"),
+        (with_header('{"a":' * 100_000, b""), "header is not JSON"),
+        (with_header('{"a": ' + "9" * 5000 + "}", b""), "header is not JSON"),
         (with_header('{"a": 3}', b""), "tensor 'a' lacks dtype, shape or data_offsets"),
         (
             with_header('{"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, "a": {}}', b"1234"),
@@ -346,13 +346,13 @@ def test_an_index_names_plain_safetensors_files_alone(sharded: Path, shard: Any)
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("", "is not an index with a weight_map"),
-        ("[]", "is not an index with a weight_map"),
-        ("{}", "is not an index with a weight_map"),
-        ('{"weight_map": []}', "its weight_map is not a table"),
+        ("", "is not JSON"),
+        ("[]", "is not a table of fields"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": []}', "has no weight_map, a table"),
         ('{"weight_map": {}}', "weight_map"),
         ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "twice"),
-        ("[" * 100_000, "is not an index with a weight_map"),
+        ("[" * 100_000, "is not JSON"),
     ],
     ids=["empty", "list", "table", "no map", "empty map", "twice", "deep"],
 )
@@ -414,7 +414,7 @@ def test_a_merged_weight_that_is_not_finite_fails_the_run(here: Path, value: flo
     numbers[31, 7] = value
     write_base(here / "base", tensors | {Q_PROJ: floats("BF16", numbers)})
     sentence = failed(here, f"verify={verify}")
-    assert sentence.startswith(f"{Q_PROJ}: holds values that are not finite after the merge")
+    assert sentence.startswith(f"{Q_PROJ}: holds values that are not finite in the output")
 
 
 def test_an_adapter_with_a_nan_fails_the_run(here: Path) -> None:

@@ -55,6 +55,9 @@ def bind(base: Checkpoint[Weight], adapter: Adapter, renames: Mapping[str, str])
     bound: dict[str, Delta] = {}
     wrong: list[str] = []
     missing: list[str] = []
+    for old in renames:
+        if not any(module == old or module.startswith(f"{old}.") for module in adapter.deltas):
+            wrong.append(f"names: no module of the adapter is '{old}' or begins with '{old}.'")
     for module, delta in adapter.deltas.items():
         name = names[module]
         if name not in weights:

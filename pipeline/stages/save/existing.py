@@ -9,6 +9,7 @@ from typing import ClassVar
 from pipeline.ground import dtypes
 from pipeline.ground.errors import Refused
 from pipeline.ground.manifest import NAME
+from pipeline.ground.model_config import ConfigFile
 from pipeline.ground.report import Plan
 from pipeline.ground.shards import read_checkpoint
 from pipeline.layout import describe, plan_shards
@@ -29,6 +30,7 @@ class Existing(Save):
                 f"output: '{self.output}' is not a folder; save=existing checks a merged model there"
             )
         read_checkpoint(self.output)
+        ConfigFile(self.output / "config.json").check()
 
     def plan(self, merged: Checkpoint[Weight], adapter: Adapter) -> Plan:
         shards = read_checkpoint(self.output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,14 +13,13 @@ from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.digests import Digests
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.manifest import Contents, peak_memory, published, write_beside
-from pipeline.ground.metrics import Statistics
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Plan
 from pipeline.ground.sidefiles import chosen
 from pipeline.ground.units import parse_bytes, show_bytes
 from pipeline.layout import PlannedShard, describe, factor_bytes, plan_shards, tile_bytes
 from pipeline.stage import Save, stage
-from pipeline.stream import num_workers, write_shards
+from pipeline.stream import Written, num_workers, write_shards
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
@@ -77,7 +75,7 @@ class SaveMerged(Save):
             Progress("merging", plan.num_bytes) as bar,
         ):
             written = write_shards(shards, folder, resolve_device(self.device), self._window(shards), bar)
-            _refuse_broken(written.statistics, plan.dtype)
+            _refuse_broken(written, plan.dtype)
             hashed = inputs.result()
         seconds = time.monotonic() - begun
         self._write_more(folder, adapter)
@@ -133,10 +131,10 @@ def known_digests(*origins: hub.Source) -> dict[Path, str]:
     return {origin.folder / name: sha for origin in origins for name, sha in hub.digests(origin).items()}
 
 
-def _refuse_broken(statistics: Mapping[str, Statistics], dtype: str) -> None:
-    broken = [name for name, facts in statistics.items() if not facts.finite]
+def _refuse_broken(written: Written, dtype: str) -> None:
+    broken = [name for name, facts in written.statistics.items() if not facts.finite] + written.overflown
     if broken:
         hint = "; save.dtype=bfloat16 has a wider range" if dtype == "float16" else ""
         raise PipelineError(
-            f"{broken[0]}: holds values that are not finite after the merge ({len(broken)} weights){hint}"
+            f"{broken[0]}: holds values that are not finite in the output ({len(broken)} weights){hint}"
         )
