@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pipeline.ground.files import File, read_into
@@ -23,6 +24,7 @@ class Digest:
     inherited: bool = False
 
 
+@lru_cache(maxsize=4096)  # a sweep's runs share their inputs; a file that changes is another File
 def sha256(file: File) -> str:
     """The digest of the whole file, in hexadecimal."""
     digest, buffer = hashlib.sha256(), bytearray(min(_CHUNK, file.size))
