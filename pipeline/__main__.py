@@ -49,7 +49,7 @@ def main() -> int:
         recipe_source.register()
         return _run(prepared(arguments))
     except KeyboardInterrupt:
-        _tell("interrupted: nothing was published")
+        _tell("interrupted")
         return 130
     except Exception as error:
         if debug:
@@ -89,7 +89,7 @@ def _unswept(arguments: list[str]) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
-    same = [o.key_or_group for o in overrides if not o.is_sweep_override()]
+    same = [o.key_or_group for o in overrides if not o.is_sweep_override() or o.key_or_group == "output"]
     return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]"]
 
 
@@ -118,7 +118,8 @@ def _fulfilled(cfg: Any) -> Outcome:
         if cfg.debug:
             traceback.print_exc()
         return Outcome(_failed(error), _row(name, None, str(error).splitlines()[0] if str(error) else ""))
-    return Outcome(0, _row(name, report, "planned" if report is None else "verified"))
+    result = "planned" if report is None else "verified" if report.gates else "not verified"
+    return Outcome(0, _row(name, report, result))
 
 
 def _row(name: str, report: Any, result: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,9 @@ class Request:
 
 def fulfil(request: Request) -> Report | None:
     """Plans, and unless that is all, runs and publishes; PipelineError if verification refuses the result."""
-    _check_report(request.report)
-    plan = request.pipeline.plan()
     look_only = not request.pipeline.save.needs_output
+    _check_report(request.report, proves=not (request.dry_run or look_only))
+    plan = request.pipeline.plan()
     show_plan(plan, every_weight=look_only)
     if request.dry_run or look_only:
         return None
@@ -41,24 +42,36 @@ def fulfil(request: Request) -> Report | None:
     return report
 
 
-def _check_report(path: Path | None) -> None:
+def _check_report(path: Path | None, proves: bool) -> None:
+    if path and not proves:
+        raise Refused("report: this request ends with its plan, so there is nothing to report; leave it out")
     if path and path.is_dir():
         raise Refused(f"report: '{path}' is a folder; give a file")
     if path and not path.absolute().parent.is_dir():
         raise Refused(f"report: '{path.parent}' is not a folder; give a file in one that exists")
+    if path and not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise Refused(f"report: '{path}' cannot be written; give another file")
 
 
 def _published(request: Request) -> Report:
     with Workplace(request.pipeline.save.output) as place:
-        report = request.pipeline.run()
+        report = _run_planned(request.pipeline)
         verdict = {gate.name: gate.status.value for gate in report.gates}
         manifest = {k: v for k, v in report.manifest.items() if k != "save"}
         write_json(place.folder / NAME, {**manifest, "request": request.settings, "verified": verdict})
         write_json(place.folder / "report.json", report.as_dict())
-        _write_report(report, request)
         stands_at = place.publish() if report.passed else place.reject()
+    _write_report(report, request)
     _judge(report, request, stands_at)
     return report
+
+
+def _run_planned(pipeline: Pipeline) -> Report:
+    """Runs; what is refused now was not wrong with the request when it was planned."""
+    try:
+        return pipeline.run()
+    except Refused as refusal:
+        raise PipelineError(f"the run failed: {refusal}; nothing was published") from refusal
 
 
 def _write_report(report: Report, request: Request) -> None:

@@ -55,12 +55,12 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _about(path: Path) -> str:
-    first = path.read_text("utf-8").partition("\n")[0]
+    first = path.read_text("utf-8", errors="replace").partition("\n")[0]
     return first.lstrip("# ") if first.startswith("#") else ""
 
 
 def _first(doc: str | None) -> str:
-    return (doc or "").strip().splitlines()[0]
+    return next(iter((doc or "").strip().splitlines()), "")
 
 
 def _line(name: str, about: str) -> str:

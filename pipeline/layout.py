@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -11,7 +11,7 @@ from pipeline.ground import dtypes, tiles
 from pipeline.ground.manifest import published
 from pipeline.ground.report import Action, Plan, PlannedWeight
 from pipeline.ground.shards import SINGLE, Shard, Slot, lay_out
-from pipeline.weight import Adapter, Checkpoint, Decoded, Merged, ShardLayout, Weight
+from pipeline.weight import Adapter, Checkpoint, Merged, ShardLayout, Weight
 
 _LARGEST_SHARD = 50 * 10**9  # bytes, where neither base nor recipe says; what transformers 5 does
 
@@ -40,14 +40,13 @@ class Place:
 
     def planned(self) -> PlannedWeight:
         """This weight for the plan."""
-        base = self.weight.base if isinstance(self.weight, Merged) else self.weight
         return PlannedWeight(
             name=self.slot.name,
             shape=self.slot.shape,
             dtype=self.slot.dtype,
             num_bytes=self.slot.length,
             action=self.action,
-            source=base.entry.dtype if isinstance(base, Decoded) else base.dtype,
+            source=self.weight.stored_as,
             deltas=tuple(p.describe() for p in self.weight.placed) if isinstance(self.weight, Merged) else (),
         )
 
@@ -74,7 +73,19 @@ def plan_shards(
     shards: Iterable[ShardLayout] = checkpoint.shards
     if max_shard_size or not checkpoint.shards:
         shards = _grouped(checkpoint.weights, dtype, max_shard_size or _LARGEST_SHARD)
-    return tuple(_plan_shard(shard, weights, dtype) for shard in shards)
+    planned = tuple(_plan_shard(shard, weights, dtype) for shard in _complete(list(shards), weights))
+    assert sorted(p.slot.name for shard in planned for p in shard.places) == sorted(weights)
+    return planned
+
+
+def _complete(shards: list[ShardLayout], weights: Mapping[str, Weight]) -> list[ShardLayout]:
+    """The shards without weights that a merge dropped, the last one with those that it added."""
+    kept = [replace(s, weights=tuple(n for n in s.weights if n in weights)) for s in shards]
+    placed = {name for shard in kept for name in shard.weights}
+    added = tuple(name for name in weights if name not in placed)
+    if added:
+        kept[-1] = replace(kept[-1], weights=(*kept[-1].weights, *added))
+    return [shard for shard in kept if shard.weights]
 
 
 def _plan_shard(shard: ShardLayout, weights: Mapping[str, Weight], dtype: StoredDtype) -> PlannedShard:

@@ -47,7 +47,8 @@ _Task = Callable[[], "_Chunk | Callable[[], None]"]  # a chunk, or what to do on
 
 def num_workers() -> int:
     """Threads that compute and write; no byte of the result depends on it."""
-    return max(1, min(8, len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores))
 
 
 def write_shards(
@@ -59,9 +60,15 @@ def write_shards(
     facts: dict[str, list[TileFacts]] = defaultdict(list)
     sizes: dict[str, int] = {}
     overflown: dict[str, None] = {}
-    with ExitStack() as opened, _one_thread_each():  # what a failed run leaves open is closed here
-        tasks = _tasks(shards, folder, device, opened, lambda writer: digests.append(writer.digest()))
-        done = opened.enter_context(in_order(tasks, num_workers(), window))
+    with (
+        ExitStack() as opened,  # what a failed run leaves open is closed once its workers have ended
+        _plain_arithmetic(),
+        in_order(
+            _tasks(shards, folder, device, opened, lambda writer: digests.append(writer.digest())),
+            num_workers(),
+            window,
+        ) as done,
+    ):
         for chunk in done:
             if not isinstance(chunk, _Chunk):
                 chunk()
@@ -78,16 +85,18 @@ def write_shards(
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """torch computes each tile on one thread, so that its sums do not depend on how many there are."""
+def _plain_arithmetic() -> Iterator[None]:
+    """Each tile on one thread, so that sums do not depend on how many there are; float32, never TF32."""
     import torch
 
-    threads = torch.get_num_threads()
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def _tasks(

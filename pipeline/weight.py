@@ -88,6 +88,11 @@ class Weight(ABC):
         return 1
 
     @property
+    def stored_as(self) -> str:
+        """What the base's file holds: a safetensors dtype or a GGUF type."""
+        return self.dtype
+
+    @property
     def source(self) -> Entry | None:
         """Where these very bytes lie in a file, as long as nothing has changed the weight."""
         return None
@@ -133,6 +138,10 @@ class Decoded(Weight):
     transform: Transform | None = None
 
     @property
+    def stored_as(self) -> str:
+        return self.entry.dtype
+
+    @property
     def grain(self) -> int:
         return self.transform.grain if self.transform else 1
 
@@ -170,6 +179,10 @@ class Merged(Weight):
     base: Weight
     placed: tuple[Placed, ...]
     arithmetic: str
+
+    @property
+    def stored_as(self) -> str:
+        return self.base.stored_as
 
     @property
     def grain(self) -> int:

@@ -182,7 +182,12 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _deltas(shard: Shard, config: Mapping[str, Any]) -> dict[str, Delta]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pipeline.ground.digests import sha256
 from pipeline.ground.files import File, read_into
 from pipeline.ground.reference import Folder
 from pipeline.ground.report import Action, Gate, Plan, Status
@@ -61,8 +63,14 @@ def _same_bytes(one: Entry, other: Entry) -> bool:
     return True
 
 
-def changed_since(files: Mapping[str, str], folder: Path) -> list[str]:
-    """Files of a manifest (name: sha256) that are missing in the folder or hold something else."""
-    from pipeline.ground.digests import sha256
+def unchanged(folder: Path, outputs: Sequence[Mapping[str, Any]]) -> Gate:
+    """Every file of an output still has the hash that its merge.json gives it."""
+    wanted = "the hashes of its merge.json"
+    wrong = [str(o["name"]) for o in outputs if not _is_still(folder / str(o["name"]), str(o["sha256"]))]
+    if wrong:
+        return Gate("hashes", Status.failed, f"{wrong[0]} is another file ({len(wrong)} files)", wanted)
+    return Gate("hashes", Status.passed, f"{len(outputs)} files as written", wanted)
 
-    return [n for n, sha in files.items() if not (folder / n).is_file() or sha256(File.at(folder / n)) != sha]
+
+def _is_still(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(File.at(path)) == digest

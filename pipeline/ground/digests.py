@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from pipeline.ground.files import File, read_into
@@ -24,12 +23,24 @@ class Digest:
     inherited: bool = False
 
 
-@lru_cache(maxsize=4096)  # a sweep's runs share their inputs; a file that changes is another File
+_KNOWN: dict[File, str] = {}  # a sweep's runs share their inputs; a file that changes is another File
+
+
 def sha256(file: File) -> str:
     """The digest of the whole file, in hexadecimal."""
+    return _sha256(file, lambda: False)
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the digest any more."""
+
+
+def _sha256(file: File, stopped: Callable[[], bool]) -> str:
     digest, buffer = hashlib.sha256(), bytearray(min(_CHUNK, file.size))
     with file.opened() as descriptor:
         for offset in range(0, file.size, _CHUNK):
+            if stopped():
+                raise _StoppedError
             part = memoryview(buffer)[: min(_CHUNK, file.size - offset)]
             read_into(descriptor, offset, part)
             digest.update(part)
@@ -51,13 +62,16 @@ class Digests:
     def _all(self) -> list[Digest]:
         found = []
         for file in self._files:
-            if self._stopped:
-                break
             known = self._known.get(file.path)
             found.append(
-                Digest(file.path.name, file.size, known or sha256(file), inherited=known is not None)
+                Digest(file.path.name, file.size, known or self._sha256(file), inherited=known is not None)
             )
         return found
+
+    def _sha256(self, file: File) -> str:
+        if file not in _KNOWN:
+            _KNOWN[file] = _sha256(file, lambda: self._stopped)
+        return _KNOWN[file]
 
     def result(self) -> list[Digest]:
         """The digests, in the order of the files."""

@@ -63,14 +63,6 @@ def read_into(descriptor: int, offset: int, buffer: memoryview) -> None:
         done += count
 
 
-def read_bytes(extent: Extent) -> bytes:
-    """All bytes of an extent; for small things."""
-    buffer = bytearray(extent.length)
-    with extent.file.opened() as descriptor:
-        read_into(descriptor, extent.offset, memoryview(buffer))
-    return bytes(buffer)
-
-
 def read_tensor(descriptor: int, offset: int, length: int) -> Tensor:
     """`length` bytes at `offset` as an uint8 tensor `(length,)` in memory of its own."""
     import torch

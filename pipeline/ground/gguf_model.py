@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.ground.errors import PipelineError
 from pipeline.ground.gguf import GgufHeader
+from pipeline.ground.gguf_rope import rope_parameters
 from pipeline.ground.model_config import edited
 from pipeline.ground.sidefiles import Group
 
@@ -25,6 +26,7 @@ class GgufConfig:
     tied: bool
     attention_bias: bool
     head_dim: int | None
+    rope_parameters: Mapping[str, Any] | None
 
     @property
     def quantization(self) -> None:
@@ -35,6 +37,7 @@ class GgufConfig:
             **_config(self.path),
             **({"attention_bias": True} if self.attention_bias else {}),
             **({"head_dim": self.head_dim} if self.head_dim else {}),
+            **({"rope_parameters": dict(self.rope_parameters)} if self.rope_parameters else {}),
             "tie_word_embeddings": self.tied,
         }
 
@@ -53,6 +56,7 @@ def gguf_config(header: GgufHeader) -> GgufConfig:
         tied="output.weight" not in names,
         attention_bias="blk.0.attn_output.bias" in names,
         head_dim=head_dim if isinstance(head_dim, int) else None,
+        rope_parameters=rope_parameters(header),
     )
 
 
@@ -62,7 +66,7 @@ def _config(path: Path) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     with _reading(path, "config"):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     found: dict[str, Any] = config.to_diff_dict()
     for private in ("_name_or_path", "_model_name_or_path"):
         found.pop(private, None)
@@ -83,7 +87,9 @@ class GgufTokenizer:
         from transformers import AutoTokenizer
 
         with _reading(self.path, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.path.parent, gguf_file=self.path.name, trust_remote_code=False
+            )
         tokenizer.init_kwargs.pop("name_or_path", None)
         return sorted(Path(file).name for file in tokenizer.save_pretrained(folder))
 

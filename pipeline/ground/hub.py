@@ -3,6 +3,8 @@
 Everything that can go wrong on the way is a `Refused` of one sentence. Pickles are never fetched.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,8 +96,13 @@ def locate(key: str, value: str, files: Files = CHECKPOINT, *, download: bool = 
         raise Refused(f"{key}: '{value}' does not exist; give {files.choices}")
     request = _Request(key, value, match[1], match[2] or "main", files)
     with _quiet():
-        folder = request.snapshot(download)
+        folder = _snapshot(request, download)
     return Source(folder, value, request.repo, commit=folder.name)
+
+
+def is_hub_id(value: str) -> bool:
+    """Whether it has the form org/name, and may stand in a model card."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value, re.ASCII) is not None
 
 
 def digests(source: Source) -> dict[str, str]:
@@ -108,6 +116,11 @@ def digests(source: Source) -> dict[str, str]:
     links = ((path, path.readlink().name) for path in sorted(source.folder.rglob("*")) if path.is_symlink())
     names = {path.relative_to(source.folder).as_posix(): target for path, target in links}
     return {name: target for name, target in names.items() if _SHA256.fullmatch(target)}
+
+
+@cache  # a request asks for the same several times: one look-up, one commit
+def _snapshot(request: _Request, download: bool) -> Path:
+    return request.snapshot(download)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,10 +72,18 @@ def compare(
             raise CannotCompare(_reason(error)) from error
         del adapted
         gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
         try:
             with working("comparing logits: merged model"):
-                merged = cls.from_pretrained(models.merged, dtype=torch.float32).eval().to(device)
+                merged = (
+                    cls.from_pretrained(models.merged, dtype=torch.float32, trust_remote_code=False)
+                    .eval()
+                    .to(device)
+                )
                 with_merged, third = _outputs(merged, tokens), _answer(merged, tokenizer, prompt)
+        except (MemoryError, torch.OutOfMemoryError) as error:  # says nothing about the merge
+            raise CannotCompare(_reason(error)) from error
         except Exception as error:
             raise MergedDoesNotRun(_reason(error)) from error
         figures = _compared(with_adapter, without, with_merged)
@@ -93,8 +101,12 @@ def memory_needed(num_parameters: int, vocabulary: int, num_tokens: int) -> int:
     return int(num_parameters * 4 * 1.2) + 6 * num_tokens * max(vocabulary, 1) * 4
 
 
-def memory_free() -> int:
-    """Bytes that this process can still take, by the machine and by its control group."""
+def memory_free(device: str) -> int:
+    """Bytes that this process can still take on the device; on the CPU, by machine and control group."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -111,14 +123,14 @@ def _prepare(folder: Path) -> tuple[Any, Any, Any]:
     if kind not in transformers.CONFIG_MAPPING:
         raise CannotCompare(f"transformers does not know model_type {kind!r}, and custom code is never run")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config that transformers takes for broken
         raise MergedDoesNotRun(_reason(error)) from error
     cls = getattr(transformers, (config.architectures or [""])[0], None)
     if cls is None:
         raise CannotCompare(f"transformers has no class {config.architectures}, and custom code is never run")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception:  # no tokenizer, or one that needs a library that is not here
         tokenizer = None
     return config, tokenizer, cls

@@ -13,11 +13,10 @@ from typing import Any
 
 from pipeline.ground.digests import Digest, sha256
 from pipeline.ground.files import File
-from pipeline.ground.hub import Source
+from pipeline.ground.hub import Source, is_hub_id
 from pipeline.ground.metrics import Statistics
 from pipeline.ground.report import Plan
-from pipeline.ground.shards import INDEX, index_text
-from pipeline.ground.sidefiles import SideFile
+from pipeline.ground.shards import INDEX, SINGLE, index_text
 
 NAME = "merge.json"
 _LIBRARIES = ("torch", "safetensors", "transformers", "peft", "gguf", "hydra-core")
@@ -43,7 +42,7 @@ class Contents:
 
     plan: Plan
     config: str
-    side_files: Sequence[SideFile]
+    side_files: Mapping[str, str]  # name: whose it is
     base: Origin
     adapter: Origin
     adapter_config: Mapping[str, Any]
@@ -58,13 +57,12 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
 
     The shards stand complete by then: before that no loader takes the folder for a model.
     """
-    origins = {name: f.origin for f in contents.side_files for name in f.write(folder)}
     (folder / "README.md").write_text(model_card(contents), "utf-8")
-    if len(contents.shards) > 1:
+    if list(contents.shards) != [SINGLE]:
         weight_map = {name: shard for shard, names in contents.shards.items() for name in names}
         plan = contents.plan
         (folder / INDEX).write_text(index_text(weight_map, plan.num_bytes, plan.num_parameters), "utf-8")
-    (folder / "config.json").write_text(contents.config, "utf-8")
+    (folder / "config.json").write_bytes(contents.config.encode())
     shards = {digest.name: digest for digest in contents.digests}
     beside = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in shards and p.name[0] != ".")
     hashed = [_hashed(folder, path) for path in beside]
@@ -76,7 +74,7 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
         "adapter": asdict(contents.adapter),
         "inputs": [asdict(digest) for digest in contents.inputs],
         "outputs": [asdict(digest) for digest in (*contents.digests, *hashed)],
-        "side_files": origins,
+        "side_files": dict(contents.side_files),
         "weights": {
             w.name: {
                 "action": w.action.name,
@@ -109,9 +107,9 @@ def model_card(contents: Contents) -> str:
     """README.md with the Hub's metadata: what was merged into what, and how it was rounded."""
     plan = contents.plan
     base_model = contents.base.repo or contents.adapter_config.get("base_model_name_or_path")
-    hub_id = base_model if isinstance(base_model, str) and base_model.count("/") == 1 else None
+    hub_id = base_model if isinstance(base_model, str) and is_hub_id(base_model) else None
     metadata = [
-        *([f"base_model: {hub_id}"] if hub_id and not hub_id.startswith((".", "/", "~")) else []),
+        *([f"base_model: {hub_id}"] if hub_id else []),
         "base_model_relation: finetune",
         "library_name: transformers",
         "tags:",

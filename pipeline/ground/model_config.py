@@ -54,8 +54,9 @@ class ConfigFile:
     @property
     def quantization(self) -> str | None:
         for config in _levels(self.read()):
-            if isinstance(found := config.get("quantization_config"), dict):
-                return str(found.get("quant_method") or "an unnamed method")
+            for key in ("quantization_config", "compression_config"):
+                if isinstance(found := config.get(key), dict):
+                    return str(found.get("quant_method") or "an unnamed method")
         return None
 
     def check(self) -> None:
@@ -77,7 +78,7 @@ class ConfigFile:
 
     def text(self, edits: Mapping[str, Any]) -> str:
         if not edits:
-            return self.path.read_text("utf-8")
+            return self.path.read_bytes().decode()
         return json.dumps(edited(self.read(), edits), indent=2, ensure_ascii=False) + "\n"
 
 

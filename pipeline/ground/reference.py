@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.rounding import ulp
+from pipeline.ground.shards import read_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,8 +63,8 @@ class Facts:
 class Reference:
     """An adapter folder read with the safetensors library: float64 rows of what it adds to a module."""
 
-    def __init__(self, adapter: Path, config: Mapping[str, Any], factor: float) -> None:
-        self._path, self._config, self._factor = adapter / "adapter_model.safetensors", config, factor
+    def __init__(self, adapter: Path, config: Mapping[str, Any]) -> None:
+        self._path, self._config = adapter / "adapter_model.safetensors", config
         self._stack = ExitStack()
 
     def __enter__(self) -> Reference:
@@ -75,12 +76,12 @@ class Reference:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def delta(self, module: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def delta(self, module: str, factor: float, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows of the delta, and of |factor * scale| |B| |A|, from which the slack is taken."""
         key = f"base_model.model.{module}"
         A = self._file.get_tensor(f"{key}.lora_A.weight").double()
         B = self._file.get_slice(f"{key}.lora_B.weight")[start:stop].double()
-        scale = self._scale(module, A.shape[0]) * self._factor
+        scale = self._scale(module, A.shape[0]) * factor
         return scale * (B @ A), abs(scale) * (B.abs() @ A.abs())
 
     def _scale(self, module: str, rank: int) -> float:
@@ -124,9 +125,9 @@ class Folder:
         from safetensors import safe_open
 
         found: dict[str, str] = {}
-        for shard in sorted(self.path.glob("*.safetensors")):
-            with safe_open(shard, "pt") as file:
-                found |= dict.fromkeys(file.keys(), shard.name)
+        for shard in read_checkpoint(self.path):  # the files that a loader reads, not others beside them
+            with safe_open(shard.file.path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), shard.file.path.name)
         self.shards = found
 
     def facts(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -149,4 +150,4 @@ class Folder:
                 found: Tensor = part[start:stop]
                 return found
             whole: Tensor = file.get_tensor(name)
-        return whole.view(-1, whole.shape[-1] if whole.dim() > 1 else whole.numel())[start:stop]
+        return whole.view(-1, max(whole.shape[-1] if whole.dim() > 1 else whole.numel(), 1))[start:stop]

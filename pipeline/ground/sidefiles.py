@@ -24,7 +24,8 @@ class Group(Enum):
     other = (
         "generation_config.json preprocessor_config.json processor_config.json image_processor_config.json "
         "video_preprocessor_config.json audio_tokenizer_config.json feature_extractor_config.json "
-        "params.json modules.json config_sentence_transformers.json sentence_bert_config.json "
+        "params.json normalizer.json modules.json "
+        "config_sentence_transformers.json sentence_bert_config.json "
         "*.py LICENSE* LICENCE* NOTICE* USE_POLICY*"
     )
 
@@ -79,13 +80,46 @@ class Copied:
 
 def side_files(folder: Path, origin: str) -> tuple[SideFile, ...]:
     """The side files of a checkpoint or adapter folder, in order of their names."""
-    found: list[SideFile] = []
-    for path in sorted(folder.rglob("*.jinja")) + sorted(folder.iterdir()):
+    found: dict[str, SideFile] = {}
+    nested = (*folder.rglob("*.jinja"), *folder.rglob("*.py"), *_module_files(folder))
+    for path in (*sorted(folder.iterdir()), *sorted(nested)):
         name = path.relative_to(folder).as_posix()
         group = next((g for g in Group if any(fnmatch(name, p) for p in g.patterns)), None)
-        if group and path.is_file() and all(name != getattr(f, "name", None) for f in found):
-            found.append(Copied(name, path, group, origin))
-    return tuple(found)
+        if path in nested:
+            group = group or Group.other
+        if group and path.is_file():
+            found.setdefault(name, Copied(name, path, group, origin))
+    return tuple(found.values())
+
+
+def _module_files(folder: Path) -> list[Path]:
+    """The files of what sentence-transformers puts behind the model: 1_Pooling/config.json and so on."""
+    if not (folder / "modules.json").is_file():
+        return []
+    try:
+        modules = [str(m["path"]) for m in json.loads((folder / "modules.json").read_text("utf-8"))]
+    except (ValueError, TypeError, KeyError):
+        return []
+    inside = [folder / m for m in modules if m and ".." not in m and not m.startswith("/")]
+    return [
+        path for f in inside if f.is_dir() for path in f.iterdir() if path.suffix in (".json", ".safetensors")
+    ]
+
+
+def left_out(folder: Path, taken: Sequence[SideFile]) -> list[str]:
+    """Files of a checkpoint's folder that are neither taken nor weights nor written anew."""
+    names = {getattr(file, "name", "") for file in taken}
+    anew = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "README.md", ".*")
+    return [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in names and not path.is_dir() and not any(fnmatch(path.name, p) for p in anew)
+    ]
+
+
+def write_side_files(folder: Path, files: Sequence[SideFile]) -> dict[str, str]:
+    """Writes them; the names written and whose they are."""
+    return {name: file.origin for file in files for name in file.write(folder)}
 
 
 def chosen(base: Sequence[SideFile], adapter: Sequence[SideFile]) -> list[SideFile]:

@@ -44,6 +44,12 @@ def free_bytes(output: Path) -> int:
     return shutil.disk_usage(_first_existing(output.absolute().parent)).free
 
 
+def free_for(output: Path) -> int:
+    """The same, with what a killed run left in the partial folder, which a new run removes."""
+    left = partial(output).rglob("*") if partial(output).is_dir() else ()
+    return free_bytes(output) + sum(path.stat().st_size for path in left if path.is_file())
+
+
 def _first_existing(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -66,24 +72,33 @@ class Workplace:
 
     def __enter__(self) -> Workplace:
         check(self.output)
-        made = [p for p in self.output.absolute().parents if not p.exists()]
-        self._made = made  # parents that a run without a result takes away again
-        if self.folder.exists():
-            self._take(exist_ok=True)  # refuses if another run is at work
-            self._release()
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
+        self._made = [p for p in self.output.absolute().parents if not p.exists()]
         self._take()
+        try:
+            for path in self.folder.iterdir():  # what a killed run left, now that nobody else is at it
+                if path.name != _MARK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
-    def _take(self, exist_ok: bool = False) -> None:
-        flags = os.O_RDWR | os.O_CREAT | (0 if exist_ok else os.O_EXCL)
-        self._lock = os.open(self.folder / _MARK, flags, 0o600)
+    def _take(self) -> None:
+        """Makes the folder and locks it; Refused if another run holds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark = self.folder / _MARK
+        lock = os.open(mark, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._release()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
             raise Refused(f"output: another run is writing '{self.output}'; wait for it") from None
+        except OSError:
+            pass  # a file system without locks: nothing tells two runs apart there
+        if not mark.exists() or mark.stat().st_ino != os.fstat(lock).st_ino:
+            os.close(lock)  # whoever held it has just put the folder in its place
+            raise Refused(f"output: another run was writing '{self.output}'; start again")
+        self._lock = lock
 
     def _release(self) -> None:
         if self._lock >= 0:
@@ -114,12 +129,13 @@ class Workplace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
-        if (self.folder / _MARK).exists():
+        ours = self._lock >= 0
+        if ours and (self.folder / _MARK).exists():
             shutil.rmtree(self.folder)
             for parent in self._made:
                 if parent.exists() and not any(parent.iterdir()):
                     parent.rmdir()
+        self._release()
 
 
 def _settle(folder: Path) -> None:

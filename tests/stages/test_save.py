@@ -82,7 +82,7 @@ def test_bytes_do_not_depend_on_workers_or_memory(
 ) -> None:
     base, adapter = made
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 1 << 9)  # many tiles
-    for number, (workers, limit) in enumerate([(1, None), (4, None), (8, 1)]):
+    for number, (workers, limit) in enumerate([(1, None), (4, None), (8, 25_000)]):
         monkeypatch.setattr("pipeline.stream.num_workers", lambda n=workers: n)
         merge(base, adapter, tmp_path / str(number), memory_limit=limit)
     for path in (tmp_path / "0").glob("*.safetensors"):
@@ -289,3 +289,78 @@ def test_disk_too_small_is_told_before_writing(
     with pytest.raises(Refused, match=r"output: '.*out' needs .* kB, but its disk has 1 kB free"):
         merge(*made, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_memory_limit_below_one_tile_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        Refused, match=r"memory_limit: 1 kB is less than the largest tile and its deltas need"
+    ):
+        merge(*made, tmp_path / "out", memory_limit=1000)
+
+
+def test_both_refuses_a_factor_that_the_adapter_beside_would_not_have(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match=r"save: both would keep the adapter as it is .* merge.weight=-1"):
+        merge(*made, tmp_path / "out", save="both", weight=-1.0)
+
+
+def test_an_index_with_one_shard_stays(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base", shard="1GB")
+    adapter = write_lora(tmp_path / "adapter", base)
+    name = "model-00001-of-00001.safetensors"
+    names = [e.name for e in shards.read_shard(base / "model.safetensors").entries]
+    (base / "model.safetensors").rename(base / name)
+    (base / shards.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, name)}))
+    report = merge(base, adapter, tmp_path / "out", verify="standard", verify_settings={"tokens": 0})
+    assert report.passed
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_weights_that_a_merge_adds_or_drops_are_laid_out(made: tuple[Path, Path], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    merged = _checkpoint(*made, tmp_path)
+    first, *rest = merged.weights
+    added = replace(first, name="model.extra.weight")
+    planned = plan_shards(replace(merged, weights=(*rest, added)), lambda w: w.dtype, None)
+    names = [place.slot.name for shard in planned for place in shard.places]
+    assert sorted(names) == sorted([w.name for w in rest] + ["model.extra.weight"])
+    assert planned[-1].places[-1].slot.name == "model.extra.weight"
+
+
+def test_empty_tensors_pass_through(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    base = write_llama(tmp_path / "base", shard="1GB")
+    state = tensors(base) | {"model.none": torch.empty(0, dtype=torch.bfloat16)}
+    state["model.hollow"] = torch.empty(3, 0, dtype=torch.bfloat16)
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    adapter = write_lora(tmp_path / "adapter", write_llama(tmp_path / "plain"))
+    settings = {"verify": "standard", "verify_settings": {"tokens": 0}, "dtype": "float32"}
+    assert merge(base, adapter, tmp_path / "out", **settings).passed
+    assert tensors(tmp_path / "out")["model.hollow"].shape == (3, 0)
+
+
+def test_peak_memory_stays_under_the_plan(tmp_path: Path) -> None:
+    """A 260 MB base in a process that holds little beyond torch itself."""
+    import subprocess
+    import sys
+
+    base = write_llama(
+        tmp_path / "base", shard="1GB", hidden_size=1024, intermediate_size=8192, num_hidden_layers=4
+    )
+    adapter = write_lora(tmp_path / "adapter", base)
+    size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
+    tell = "import resource, sys; sys.stderr.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+    run = f"import sys; from pipeline.__main__ import main; status = main(); {tell}; sys.exit(status)"
+    request = [f"base_model={base}", f"adapter={adapter}", f"output={tmp_path / 'out'}", "verify=none"]
+
+    def peak(code: str, *arguments: str) -> int:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stderr) * 1024
+
+    idle = peak(f"import torch, hydra; torch.ones(9) @ torch.ones(9); {tell}")
+    assert size > 200e6
+    assert peak(run, *request) - idle < 110e6

@@ -244,3 +244,64 @@ def test_a_merged_model_that_does_not_load_fails(made: tuple[Path, Path, Path], 
     (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 7}))
     with pytest.raises(PipelineError, match="logits: the merged model does not run"):
         verify(base, adapter, folder, tokens=64)
+
+
+def test_files_changed_since_they_were_published_are_told(
+    made: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, merged = made
+    folder = shutil.copytree(merged, tmp_path / "out")
+    assert gates(verify(base, adapter, folder))["hashes"] is Status.passed
+    (folder / "generation_config.json").write_text("{}")
+    with pytest.raises(PipelineError, match=r"hashes: generation_config.json is another file"):
+        verify(base, adapter, folder)
+
+
+def test_stray_shards_do_not_stand_in_for_those_of_the_index(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    adapter = write_lora(tmp_path / "adapter", base)
+    merge(base, adapter, tmp_path / "out")
+    (tmp_path / "out" / "merge.json").unlink()
+    for shard in sorted((tmp_path / "out").glob("*.safetensors")):
+        shutil.copyfile(shard, shard.with_name(f"z_{shard.name}"))
+        state = load_file(shard)
+        save_file({n: t + 1 for n, t in state.items()}, shard, {"format": "pt"})
+    with pytest.raises(PipelineError, match="untouched"):
+        verify(base, adapter, tmp_path / "out")
+
+
+def test_code_of_a_model_is_never_run(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """transformers would ask on the terminal, and take a yes."""
+    import subprocess
+    import sys
+
+    base, adapter, _ = made
+    folder, mark = shutil.copytree(base, tmp_path / "base"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass EvilTok: pass\n")
+    auto = {"tokenizer_class": "EvilTok", "auto_map": {"AutoTokenizer": ["evil.EvilTok", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(auto))
+    request = [f"base_model={folder}", f"adapter={adapter}", f"output={tmp_path / 'out'}", "verify.tokens=64"]
+    command = [sys.executable, "-m", "pipeline", *request]
+    done = subprocess.run(command, input="y\ny\ny\n", capture_output=True, text=True, check=False)
+    assert not mark.exists()
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_memory_for_the_merged_model_is_not_its_fault(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.ground import logits
+
+    base, adapter, _ = made
+    calls: list[int] = []
+    real = logits._outputs
+
+    def third_fails(model: object, tokens: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return real(model, tokens)
+
+    monkeypatch.setattr(logits, "_outputs", third_fails)
+    report = merge(base, adapter, tmp_path / "out", verify="standard", verify_settings={"tokens": 64})
+    assert gates(report)["logits"] is Status.skipped

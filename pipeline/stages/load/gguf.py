@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from pipeline.ground import hub
@@ -47,7 +48,7 @@ class Gguf(Load):
                 wrong += [f"{path}: {sentence}" for sentence in refusal.sentences]
         if wrong:
             raise Refused(*dict.fromkeys(wrong))
-        findings = [Finding(f"{name} is left out: the config holds what it says") for name in left_out]
+        findings = [Finding(f"{name} is left out: rope_parameters in the config say it") for name in left_out]
         return Checkpoint(
             weights=tuple(weights),
             shards=(),
@@ -71,8 +72,12 @@ def _the_file(path: Path) -> Path:
 
 
 def _stored(name: str, tensor: GgufTensor, header: GgufHeader, architecture: str, file: File) -> Stored:
+    if not tensor.shape:
+        raise Refused(f"tensor '{tensor.name}' has no dimensions")
     row_bytes(tensor.type, tensor.shape[-1])  # refuses what cannot be decoded
+    change = transform(architecture, tensor.name, header.metadata)
+    rows = prod(tensor.shape[:-1])
+    if change and rows % change.grain:
+        raise Refused(f"tensor '{tensor.name}' has {rows} rows, which are no heads of {change.grain}")
     entry = Entry(tensor.name, tensor.type, tensor.shape, Extent(file, tensor.offset, tensor.length))
-    return Stored(
-        name, tensor.shape, "BF16", {"": entry}, transform(architecture, tensor.name, header.metadata)
-    )
+    return Stored(name, tensor.shape, "BF16", {"": entry}, change)

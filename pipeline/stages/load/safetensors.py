@@ -13,8 +13,9 @@ from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import File
 from pipeline.ground.model_config import ConfigFile
+from pipeline.ground.report import Finding
 from pipeline.ground.shards import Shard, read_checkpoint
-from pipeline.ground.sidefiles import side_files
+from pipeline.ground.sidefiles import left_out, side_files
 from pipeline.stage import Load, stage
 from pipeline.weight import Checkpoint, ShardLayout, Stored
 
@@ -33,7 +34,8 @@ class Safetensors(Load):
         if not folder.is_dir():
             raise Refused(f"base_model: '{self.base_model}' is a file; give its folder, or a .gguf file")
         shards = read_checkpoint(folder)
-        config = ConfigFile(folder / "config.json")
+        config, beside = ConfigFile(folder / "config.json"), side_files(folder, "base")
+        unknown = left_out(folder, beside)
         return Checkpoint(
             weights=tuple(
                 Stored(entry.name, entry.shape, entry.dtype, {"": entry})
@@ -45,7 +47,8 @@ class Safetensors(Load):
             config=config,
             origin=origin,
             files=tuple(File.at(s.file.path) for s in shards),
-            side_files=side_files(folder, "base"),
+            side_files=beside,
+            findings=(Finding(f"left behind in the base's folder: {', '.join(unknown)}"),) if unknown else (),
         )
 
 

@@ -107,7 +107,7 @@ def _ambiguous(
             f"base_model: is a {model_type}, whose Conv1D weights lie transposed; "
             "this version cannot merge it"
         ]
-    if "lm_head.weight" in bound and base.config.tied:
+    if any(name.endswith("lm_head.weight") for name in bound) and base.config.tied:
         return [
             "adapter: changes lm_head, which the base's config ties to its embeddings "
             "(tie_word_embeddings); this version cannot untie it"

@@ -7,15 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS
+from pipeline.ground.errors import Refused
+from pipeline.ground.report import Plan
 from pipeline.stage import stage
 from pipeline.stages.save.merged import SaveMerged
-from pipeline.weight import Adapter
+from pipeline.weight import Adapter, Checkpoint, Merged, Weight
 
 
 @stage("both")
 @dataclass(frozen=True, kw_only=True)
 class SaveBoth(SaveMerged):
     """As merged, with the adapter beside it for whoever serves it unmerged."""
+
+    def plan(self, merged: Checkpoint[Weight], adapter: Adapter) -> Plan:
+        factors = {p.factor for w in merged.weights if isinstance(w, Merged) for p in w.placed}
+        if factors != {1.0}:
+            raise Refused(
+                f"save: both would keep the adapter as it is beside a model merged with merge.weight="
+                f"{min(factors):g}, which is not the same; use save=merged"
+            )
+        return super().plan(merged, adapter)
 
     def _write_more(self, folder: Path, adapter: Adapter) -> None:
         (folder / "adapter").mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ from pipeline.ground.manifest import NAME
 from pipeline.ground.model_config import ConfigFile
 from pipeline.ground.report import Plan
 from pipeline.ground.shards import read_checkpoint
+from pipeline.ground.tables import read_table
 from pipeline.layout import describe, plan_shards
 from pipeline.stage import Save, stage
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
@@ -31,6 +31,8 @@ class Existing(Save):
             )
         read_checkpoint(self.output)
         ConfigFile(self.output / "config.json").check()
+        if (self.output / NAME).is_file():
+            read_table(self.output / NAME)
 
     def plan(self, merged: Checkpoint[Weight], adapter: Adapter) -> Plan:
         shards = read_checkpoint(self.output)
@@ -49,5 +51,5 @@ class Existing(Save):
 
     def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:
         manifest = self.output / NAME
-        known = json.loads(manifest.read_text("utf-8")) if manifest.is_file() else {}
+        known = read_table(manifest) if manifest.is_file() else {}
         return Output(self.output, self.plan(merged, adapter), merged, adapter, manifest=known)

@@ -15,7 +15,7 @@ from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.manifest import Contents, peak_memory, published, write_beside
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Plan
-from pipeline.ground.sidefiles import chosen
+from pipeline.ground.sidefiles import chosen, write_side_files
 from pipeline.ground.units import parse_bytes, show_bytes
 from pipeline.layout import PlannedShard, describe, factor_bytes, plan_shards, tile_bytes
 from pipeline.stage import Save, stage
@@ -51,7 +51,7 @@ class SaveMerged(Save):
     def plan(self, merged: Checkpoint[Weight], adapter: Adapter) -> Plan:
         shards = self._shards(merged)
         disk = sum(shard.size for shard in shards)
-        if self.writes and (free := workplace.free_bytes(self.output)) < disk:
+        if self.writes and (free := workplace.free_for(self.output)) < disk:
             raise Refused(
                 f"output: '{self.output}' needs {show_bytes(disk)}, but its disk has {show_bytes(free)} free"
             )
@@ -66,9 +66,12 @@ class SaveMerged(Save):
         )
 
     def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:
-        begun = time.monotonic()
         plan, shards = self.plan(merged, adapter), self._shards(merged)
         folder = workplace.partial(self.output)
+        config = merged.config.text(self._config_edits(merged))  # what may fail comes before the long part
+        origins = write_side_files(folder, chosen(merged.side_files, adapter.side_files))
+        self._write_more(folder, adapter)
+        begun = time.monotonic()
         known = known_digests(merged.origin, adapter.origin)
         with (
             Digests((*merged.files, *adapter.files), known) as inputs,
@@ -78,14 +81,12 @@ class SaveMerged(Save):
             _refuse_broken(written, plan.dtype)
             hashed = inputs.result()
         seconds = time.monotonic() - begun
-        self._write_more(folder, adapter)
-        config = merged.config.text(self._config_edits(merged))
         manifest = write_beside(
             folder,
             Contents(
                 plan=plan,
                 config=config,
-                side_files=chosen(merged.side_files, adapter.side_files),
+                side_files=origins,
                 base=published(merged.origin),
                 adapter=published(adapter.origin),
                 adapter_config=adapter.config,
@@ -115,15 +116,20 @@ class SaveMerged(Save):
 
     def _config_edits(self, merged: Checkpoint[Weight]) -> dict[str, Any]:
         dtype = self._stored_dtype(merged.dtype, merged.dtype)
-        edits = {} if dtype == merged.dtype else {"dtype": dtypes.config_name(dtype)}
+        edits = {} if self.dtype is SaveDtype.keep else {"dtype": dtypes.config_name(dtype)}
         return {**merged.config_edits, **edits}
 
     def _window(self, shards: tuple[PlannedShard, ...]) -> int:
         """Tiles in flight: enough for the workers and a little more, fewer where memory is short."""
-        wanted = num_workers() + 4
+        wanted, tile, factors = num_workers() + 4, tile_bytes(shards), 2 * factor_bytes(shards)
         if self.memory_limit is None:
             return wanted
-        return max(1, min(wanted, self.memory_limit // max(tile_bytes(shards), 1)))
+        if self.memory_limit < tile + factors:
+            raise Refused(
+                f"memory_limit: {show_bytes(self.memory_limit)} is less than the largest tile and its "
+                f"deltas need, {show_bytes(tile + factors)}"
+            )
+        return min(wanted, (self.memory_limit - factors) // max(tile, 1))
 
 
 def known_digests(*origins: hub.Source) -> dict[Path, str]:

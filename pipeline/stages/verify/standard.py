@@ -18,7 +18,7 @@ from pipeline.ground.report import Action, Gate, Report, Status
 from pipeline.ground.rounding import round_to
 from pipeline.ground.units import show_bytes
 from pipeline.stage import Verify, stage
-from pipeline.stages.verify.structure import effect, files, report
+from pipeline.stages.verify.structure import effect, files, hashes, report
 from pipeline.weight import Adapter, Checkpoint, Merged, Output, Weight
 
 
@@ -54,6 +54,7 @@ class Standard(Verify):
         outcome = None
         if _all_passed(gates):
             outcome = self._answers(output, base, gates, findings)
+        gates += hashes(output)
         return report(
             output,
             gates,
@@ -97,7 +98,10 @@ class Standard(Verify):
             return None
         vocabulary = max((prod(w.shape[:1]) for w in base.weights if len(w.shape) == 2), default=1)
         needed = logits.memory_needed(output.plan.num_parameters, vocabulary, self.tokens)
-        free = self.memory_limit or logits.memory_free()
+        device = resolve_device(self.device)
+        if device != "cpu" and needed > logits.memory_free(device):
+            device = "cpu"
+        free = self.memory_limit or logits.memory_free(device)
         if needed > free:
             findings.append(
                 f"logits were not compared: that takes {show_bytes(needed)} of memory, "
@@ -109,9 +113,7 @@ class Standard(Verify):
         text = package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
         factor = _factor(output.merged)
         try:
-            outcome = logits.compare(
-                models, text, self.tokens, self.prompt, factor, resolve_device(self.device)
-            )
+            outcome = logits.compare(models, text, self.tokens, self.prompt, factor, device)
         except logits.CannotCompare as reason:
             findings.append(f"logits were not compared, because base and adapter do not load: {reason}")
             gates.append(Gate(name, Status.skipped, "base and adapter do not load", wanted))
@@ -142,7 +144,7 @@ def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
     path = adapter.origin.folder
     merged = [w for w in output.merged.weights if isinstance(w, Merged)]
     planned = {w.name: w for w in output.plan.weights}
-    reference = Reference(path, adapter.config, _factor(output.merged))
+    reference = Reference(path, adapter.config)
     with reference, Progress("recomputing samples", sum(planned[w.name].num_bytes for w in merged)) as bar:
         for weight in merged:
             bar.advance(planned[weight.name].num_bytes)
@@ -153,7 +155,7 @@ def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
                     weight.name, weight.num_rows, weight.num_columns, weight.grain
                 ):
                     base = tiles(start, stop).base
-                    delta, size = reference.delta(placed.delta.module, start, stop)
+                    delta, size = reference.delta(placed.delta.module, placed.factor, start, stop)
                     dtype = planned[weight.name].dtype
                     rows = folder.rows(weight.name, start, stop)
                     compare(facts, rows, dtype, base, round_to(base, dtype), delta, size)
@@ -218,7 +220,7 @@ def base_model(base: Checkpoint[Weight]) -> Callable[[type], Any]:
         import torch
 
         if all(weight.source is not None for weight in base.weights):
-            return cls.from_pretrained(base.origin.folder, dtype=torch.float32)
+            return cls.from_pretrained(base.origin.folder, dtype=torch.float32, trust_remote_code=False)
         state = {}
         for weight in base.weights:
             with weight.open("cpu") as tiles:
