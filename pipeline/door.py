@@ -29,7 +29,7 @@ class Request:
 def fulfil(request: Request) -> Report | None:
     """Plans, and unless that is all, runs and publishes; PipelineError if verification refuses the result."""
     look_only = not request.pipeline.save.needs_output
-    _check_report(request.report, proves=not (request.dry_run or look_only))
+    _check_report(request.report)
     plan = request.pipeline.plan()
     show_plan(plan, every_weight=look_only)
     if request.dry_run or look_only:
@@ -42,9 +42,7 @@ def fulfil(request: Request) -> Report | None:
     return report
 
 
-def _check_report(path: Path | None, proves: bool) -> None:
-    if path and not proves:
-        raise Refused("report: this request ends with its plan, so there is nothing to report; leave it out")
+def _check_report(path: Path | None) -> None:
     if path and path.is_dir():
         raise Refused(f"report: '{path}' is a folder; give a file")
     if path and not path.absolute().parent.is_dir():
