@@ -94,12 +94,14 @@ def show_report(report: Report, stands_at: str) -> None:
 @_while_someone_listens
 def show_sweep(rows: list[dict[str, Any]]) -> None:
     """One line for each run of a sweep."""
-    from rich.table import Table
-
-    table = Table("run", "result", "size", "rounding kept", "KL ratio", "time", box=None)
-    for row in rows:
-        table.add_row(*(str(row[key]) for key in ("run", "result", "size", "retained", "ratio", "time")))
-    console().print(table)
+    heads = {"run": "run", "result": "result", "size": "size", "retained": "rounding kept"}
+    heads |= {"ratio": "KL ratio", "time": "time"}
+    table = [heads, *rows]
+    widths = {key: max(len(str(row[key])) for row in table) + 2 for key in heads}
+    for row in table:
+        console().print(
+            "".join(f"{row[key]!s:{width}}" for key, width in widths.items()).rstrip(), markup=False
+        )
 
 
 def _show(out: Console, title: str, lines: list[tuple[str, str]]) -> None:
