@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from pipeline import compose, recipe_source
@@ -43,10 +43,13 @@ def text() -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The sentence under each field of a dataclass's own body."""
+    """The sentence under each field of a dataclass, with those it inherits."""
+    docs = {"recipe": "name of a recipe, or ./path of one"} if cls is compose.Root else {}
+    for base in cls.__bases__:
+        if is_dataclass(base):
+            docs |= field_docs(base)
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs = {"recipe": "name of a recipe, or ./path of one"} if cls is compose.Root else {}
     for one, after in zip(body.body, body.body[1:], strict=False):
         match one, after:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=doc)):

@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import lcm, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from pipeline.ground.deltas.delta import Delta
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.files import File, read_tensor
+from pipeline.ground.gguf_names import Transform
 from pipeline.ground.hub import Source
 from pipeline.ground.metrics import Statistics
 from pipeline.ground.model_config import ConfigSource
@@ -37,15 +38,6 @@ class Tile(NamedTuple):
     value: Tensor
     base: Tensor
     delta: Tensor | None = None
-
-
-class Transform(Protocol):
-    """A change of layout or value between a file's rows and the weight's, on float32 tiles."""
-
-    @property
-    def grain(self) -> int: ...
-
-    def __call__(self, tile: Tensor) -> Tensor: ...
 
 
 Tiles = Callable[[int, int], Tile]  # tiles(start, stop) gives the rows start:stop

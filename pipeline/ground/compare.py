@@ -46,7 +46,8 @@ def identical(folder: Path, plan: Plan, sources: Mapping[str, Entry]) -> Gate:
     wanted = "the base's bytes"
     if wrong:
         return Gate("untouched", Status.failed, f"{wrong[0]} differs ({len(wrong)} weights)", wanted)
-    return Gate("untouched", Status.passed, f"{len(untouched)} weights identical", wanted)
+    seen = f"{len(untouched)} weights identical" if untouched else "no weight is copied"
+    return Gate("untouched", Status.passed, seen, wanted)
 
 
 def _same_bytes(one: Entry, other: Entry) -> bool:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from pipeline.ground.errors import Refused
 from pipeline.ground.sidefiles import Group
+from pipeline.ground.units import show_bytes
 from pipeline.ground.workplace import free_bytes
 
 
@@ -146,12 +147,12 @@ class _Request:
                 count = f"{len(missing)} file{'s' * (len(missing) > 1)}"
                 raise Refused(
                     f"dry_run: {self.key} '{self.asked}' is not in the local cache: "
-                    f"a run would first download {_readable(size)} ({count})"
+                    f"a run would first download {show_bytes(size)} ({count})"
                 )
             if size > free:
                 raise Refused(
-                    f"{self.key}: '{self.asked}' needs {_readable(size)} in the cache {storage.parent}, "
-                    f"where {_readable(free)} are free; make room, or set HF_HUB_CACHE to a folder elsewhere"
+                    f"{self.key}: '{self.asked}' needs {show_bytes(size)} in the cache {storage.parent}, "
+                    f"where {show_bytes(free)} are free; make room, or set HF_HUB_CACHE to a folder elsewhere"
                 )
             return self.fetch()
         except (HTTPError, OSError, ValueError, RuntimeError) as problem:
@@ -252,15 +253,6 @@ def _instead(names: Iterable[str], files: Files) -> str:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def _readable(size: float) -> str:
-    """Bytes as people say them: 2.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 @contextmanager

@@ -144,6 +144,8 @@ def _tokens(tokenizer: Any, text: str, config: Any, count: int, assumed: list[st
     if tokenizer is not None:
         ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:count])
         if len(ids) and int(ids.max()) < size:
+            if len(ids) < count:
+                assumed.append(f"logits were compared on {len(ids)} tokens, all that the text has")
             length = min(SEQUENCE, len(ids))
             return ids[: len(ids) // length * length].view(-1, length)
     assumed.append("logits were compared on random tokens, because the model has no tokenizer that loads")
