@@ -14,7 +14,7 @@ from math import lcm, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from pipeline.ground.deltas.delta import Delta
+from pipeline.ground.deltas.delta import Base, Delta
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.files import File, read_tensor
 from pipeline.ground.gguf_names import Transform
@@ -152,21 +152,87 @@ class Decoded(Weight):
             yield tile
 
 
+@dataclass(frozen=True)
+class FromAdapter(Weight):
+    """A weight that the adapter holds whole and the base does not have, or not in this shape."""
+
+    entry: Entry
+
+    @property
+    def stored_as(self) -> str:
+        return self.entry.dtype
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Tiles]:
+        with Dense(self.name, self.shape, self.entry.dtype, self.entry).open(device) as tiles:
+            yield tiles
+
+
+Piece = Callable[[int, int, "Tensor"], "Tensor"]  # piece(start, stop, W): see Placed.open
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A delta bound to a weight, with the factor that the recipe gives its adapter."""
+    """A piece of a delta bound to a place of a weight, with the factor that the recipe gives its adapter.
+
+    The weight is meant as the matrix of its rows; the piece is rows `rows` of the delta's matrix and lies
+    at (row, column) of it. A row of a kernel's delta is `fold` rows of the weight.
+    """
 
     delta: Delta
     factor: float
+    rows: tuple[int, int]
+    row: int = 0
+    column: int = 0
+    fold: int = 1
+
+    @property
+    def stop(self) -> int:
+        """The weight's row where it ends."""
+        return self.row + (self.rows[1] - self.rows[0]) * self.fold
+
+    @property
+    def width(self) -> int:
+        """The weight's columns that it takes."""
+        return self.delta.num_columns // self.fold
+
+    @property
+    def grain(self) -> int:
+        """Rows of the weight that must stay together."""
+        return self.delta.grain * self.fold
 
     def describe(self) -> str:
         """The delta in a few words: LoRA rank 8 scale 2."""
         return self.delta.describe(self.factor)
 
+    @contextmanager
+    def open(self, device: str, dtype: str, base: Base) -> Iterator[Piece]:
+        """piece(start, stop, W): what the delta makes of rows start:stop of the weight, W its part of them.
+
+        `base(start, stop)` gives whole rows of the unmerged weight.
+        """
+        first, columns = self.rows[0], slice(self.column, self.column + self.width)
+
+        def of_base(start: int, stop: int) -> Tensor:
+            begin, end = (self.row + (r - first) * self.fold for r in (start, stop))
+            return base(begin, end)[:, columns].reshape(stop - start, -1)
+
+        with self.delta.open(device, dtype, self.factor, of_base) as rows:
+
+            def piece(start: int, stop: int, W: Tensor) -> Tensor:
+                begin, end = (first + (r - self.row) // self.fold for r in (start, stop))
+                return rows(begin, end, W.reshape(end - begin, -1)).reshape(stop - start, self.width)
+
+            yield piece
+
 
 @dataclass(frozen=True)
 class Merged(Weight):
-    """base + the sum of its deltas, in the dtype `arithmetic`; rounding is left to whoever saves it."""
+    """base with its deltas, in the dtype `arithmetic`; rounding is left to whoever saves it.
+
+    Deltas that add are summed before they are added. One that gives a value stands alone in its place; a
+    factor other than 1 moves that far from the base towards it.
+    """
 
     base: Weight
     placed: tuple[Placed, ...]
@@ -178,7 +244,7 @@ class Merged(Weight):
 
     @property
     def grain(self) -> int:
-        return lcm(self.base.grain, *(placed.delta.grain for placed in self.placed))
+        return lcm(self.base.grain, *(placed.grain for placed in self.placed))
 
     @contextmanager
     def open(self, device: str) -> Iterator[Tiles]:
@@ -186,16 +252,59 @@ class Merged(Weight):
         wide = self.arithmetic if self.arithmetic == "F64" else "F32"
         with ExitStack() as stack:
             base = stack.enter_context(self.base.open(device))
-            deltas = [stack.enter_context(p.delta.open(device, wide, p.factor)) for p in self.placed]
+            pieces = [(p, stack.enter_context(p.open(device, wide, self._rows(base)))) for p in self.placed]
 
             def tile(start: int, stop: int) -> Tile:
                 before = base(start, stop).value
-                delta = deltas[0](start, stop).to(kind)
-                for other in deltas[1:]:
-                    delta = delta + other(start, stop).to(kind)
-                return Tile(before.to(kind) + delta, before, delta)
+                delta: Tensor | None = None
+                values = []
+                for placed, piece in pieces:
+                    low, high = max(start, placed.row), min(stop, placed.stop)
+                    if low >= high:
+                        continue
+                    where = (
+                        slice(low - start, high - start),
+                        slice(placed.column, placed.column + placed.width),
+                    )
+                    W = before[where]
+                    part = piece(low, high, W).to(kind)
+                    if placed.delta.replaces:
+                        part, value = _moved(W.to(kind), part, placed.factor)
+                        values.append((where, value))
+                    delta = (
+                        part
+                        if delta is None and part.shape == before.shape
+                        else _added(delta, part, where, before)
+                    )
+                delta = before.new_zeros(before.shape, dtype=kind) if delta is None else delta
+                merged = before.to(kind) + delta
+                for where, value in values:
+                    merged[where] = value
+                return Tile(merged, before, delta)
 
             yield tile
+
+    def _rows(self, tiles: Tiles) -> Base:
+        """Any rows of the base, by tiles that begin where it can be cut."""
+
+        def rows(start: int, stop: int) -> Tensor:
+            begin, grain = start // self.base.grain * self.base.grain, self.base.grain
+            end = min(-(-stop // grain) * grain, self.num_rows)
+            return tiles(begin, end).base[start - begin : stop - begin]
+
+        return rows
+
+
+def _moved(W: Tensor, value: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """(change, value) of a delta that gives a value, taken `factor` of the way."""
+    change = value - W
+    return (change, value) if factor == 1 else (change * factor, W + change * factor)
+
+
+def _added(delta: Tensor | None, part: Tensor, where: tuple[slice, slice], like: Tensor) -> Tensor:
+    total = like.new_zeros(like.shape, dtype=part.dtype) if delta is None else delta.clone()
+    total[where] += part
+    return total
 
 
 W = TypeVar("W", bound=Weight | Stored, covariant=True)
@@ -227,9 +336,9 @@ class Checkpoint(Generic[W]):
 
 @dataclass(frozen=True)
 class Adapter:
-    """Deltas by the adapter's own module names; nothing is bound to a base yet."""
+    """Deltas with the adapter's own module names; nothing is bound to a base yet."""
 
-    deltas: Mapping[str, Delta]
+    deltas: tuple[Delta, ...]
     config: Mapping[str, Any]
     origin: Source
     files: tuple[File, ...]
