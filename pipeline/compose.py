@@ -21,6 +21,7 @@ from pipeline.ground.errors import Refused
 from pipeline.ground.names import nearest
 from pipeline.ground.units import parse_bytes
 from pipeline.stage import CHOICES, SLOTS, STAGES, Pipeline, Save, Stage
+from pipeline.tying import Tied
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Root:
     """auto, cpu, cuda, cuda:1, mps or xpu: where decoding and merging compute"""
     names: Any = None
     """renames {from: to} from adapter modules to checkpoint names"""
+    tied: Tied = Tied.auto
+    """when an adapter changes embeddings that lm_head shares: auto, untie, shared or refuse"""
     memory_limit: Any = None
     """memory for tiles and models beyond the libraries, as 4GB; default: what is free"""
     report: str | None = None

@@ -11,7 +11,7 @@ from pipeline.ground import dtypes, tiles
 from pipeline.ground.manifest import published
 from pipeline.ground.report import Action, Plan, PlannedWeight
 from pipeline.ground.shards import SINGLE, Shard, Slot, lay_out
-from pipeline.weight import Adapter, Checkpoint, Merged, ShardLayout, Weight
+from pipeline.weight import Adapter, Checkpoint, FromAdapter, Merged, ShardLayout, Weight
 
 _LARGEST_SHARD = 50 * 10**9  # bytes, where neither base nor recipe says; what transformers 5 does
 
@@ -29,6 +29,8 @@ class Place:
     def action(self) -> Action:
         if isinstance(self.weight, Merged):
             return Action.merged
+        if isinstance(self.weight, FromAdapter):
+            return Action.saved
         if self.weight.source is None:
             return Action.decoded
         return Action.copied if self.slot.dtype == self.weight.dtype else Action.cast
@@ -47,8 +49,16 @@ class Place:
             num_bytes=self.slot.length,
             action=self.action,
             source=self.weight.stored_as,
-            deltas=tuple(p.describe() for p in self.weight.placed) if isinstance(self.weight, Merged) else (),
+            deltas=_deltas(self.weight),
         )
+
+
+def _deltas(weight: Weight) -> tuple[str, ...]:
+    if isinstance(weight, FromAdapter):
+        return ("saved whole",)
+    if isinstance(weight, Merged):
+        return (*_deltas(weight.base), *(placed.describe() for placed in weight.placed))
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +168,7 @@ def factor_bytes(shards: Iterable[PlannedShard]) -> int:
     """Bytes of the largest weight's deltas in memory."""
     return max(
         (
-            sum(prod(entry.shape) * 8 for placed in w.placed for entry in placed.delta.entries)
+            sum(placed.delta.state_bytes for placed in w.placed)
             for shard in shards
             for w in (place.weight for place in shard.places)
             if isinstance(w, Merged)

@@ -21,6 +21,7 @@ from pipeline.ground import workplace
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Plan, Report
+from pipeline.tying import Tied
 from pipeline.weight import Adapter, Checkpoint, Output, Stored, Weight
 
 
@@ -75,6 +76,8 @@ class Merge(Stage):
     """dtype in which W + delta is computed"""
     names: dict[str, str] = field(default_factory=dict)
     """renames {from: to} from adapter modules to checkpoint names"""
+    tied: Tied = Tied.auto
+    """when an adapter changes embeddings that lm_head shares: auto, untie, shared or refuse"""
 
     @abstractmethod
     def __call__(self, base: Checkpoint[Weight], adapter: Adapter) -> Checkpoint[Weight]: ...

@@ -1,22 +1,25 @@
 """PEFT's adapter folder: adapter_config.json and adapter_model.safetensors, read as PEFT 0.21 means them.
 
 What is not understood here is refused by name: a field or a tensor that is skipped gives a model that
-talks nonsense.
+talks nonsense. What the tensors of each kind mean is told in `deltas/`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isfinite, sqrt
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.ground.deltas.delta import Delta
+from pipeline.ground.deltas.kind import NOTHING_TOLD, Kind, Told, Trained
+from pipeline.ground.deltas.kinds import KINDS, NOT_MERGEABLE
 from pipeline.ground.deltas.lora import Lora
-from pipeline.ground.dtypes import DENSE_FLOATS
+from pipeline.ground.deltas.lora_family import NESTED, changed_base, is_convertible
+from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.errors import Refused
+from pipeline.ground.report import Finding
 from pipeline.ground.shards import Entry, Shard, read_shard
 from pipeline.ground.tables import read_table
 
@@ -24,85 +27,85 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Fields that describe, or say how it was trained, and do not change what the tensors mean.
-_INFORMATIVE = frozenset(
-    {
+# Fields of every kind: what they name is checked against the tensors, or says nothing of them.
+_COMMON = frozenset(
+    [
         "alpha_pattern",
         "auto_mapping",
         "base_model_name_or_path",
         "bias",
-        "ensure_weight_tying",
-        "eva_config",
         "exclude_modules",
         "fan_in_fan_out",
         "inference_mode",
-        "init_lora_weights",
         "layers_pattern",
         "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "megatron_core",
+        "modules_to_save",
         "peft_type",
         "peft_version",
-        "qalora_group_size",
-        "r",
         "rank_pattern",
         "revision",
-        "runtime_config",
         "target_modules",
         "task_type",
-        "use_rslora",
-    }
+    ]
 )
-# Fields that change the result, and what each brings; refused when set.
-_UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "lora_bias": "biases in lora_B",
-    "modules_to_save": "whole modules saved beside the LoRA",
-    "trainable_token_indices": "trained token rows",
-    "target_parameters": "LoRA on bare parameters (fused experts)",
-    "layer_replication": "replicated layers",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "alora_invocation_tokens": "aLoRA, which is active on some tokens only and cannot be merged",
-    "arrow_config": "Arrow routing, which cannot be merged",
-    "kasa_config": "KaSA, which changes the base",
-    "corda_config": "CorDA, which changes the base",
-    "loftq_config": "LoftQ, which changes the base",
-    "lora_ga_config": "LoRA-GA, which changes the base",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "megatron_config": "Megatron's parallel layers",
-}
-_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-_KEY_KINDS = (
-    ("lora_embedding_", "LoRA on an embedding"),
-    ("lora_magnitude_vector", "DoRA magnitudes"),
-    (".lora_B.bias", "biases in lora_B"),
-    (".base_layer.", "saved or nested base weights"),
-    ("trainable_tokens_delta", "trained token rows"),
+_EMBEDDINGS = frozenset(
+    ["embed_tokens", "lm_head", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embed_out", "shared"]
+)
+_FOREIGN = (
     (".lora_down.", "kohya's names"),
     (".lora_up.", "kohya's names"),
+    (".processor.", "diffusers' names"),
 )
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter folder as read: its config, its tensors, and the deltas by module name."""
+    """An adapter folder as read: its config, its tensors, and what they make of which parameters."""
 
     config: Mapping[str, Any]
     shard: Shard
     config_path: Path
-    deltas: Mapping[str, Delta]
+    deltas: tuple[Delta, ...]
+    findings: tuple[Finding, ...] = ()
 
 
-def read_adapter(folder: Path) -> AdapterFile:
-    """Reads an adapter folder; Refused, with every reason, for what is missing or not understood."""
+def read_adapter(folder: Path, told: Told = NOTHING_TOLD, initial: Path | None = None) -> AdapterFile:
+    """Reads an adapter folder; Refused, with every reason, for what is missing or not understood.
+
+    `initial` is the adapter as it was before training, for inits that took it from the base.
+    """
     config, shard = _read_config(folder), read_shard(_find_weights(folder))
-    wrong = _wrong_fields(folder / CONFIG, config)
+    kind = _kind(folder / CONFIG, config)
+    wrong = _wrong_fields(folder / CONFIG, config, kind)
     if wrong:
         raise Refused(*wrong)
-    return AdapterFile(config, shard, folder / CONFIG, _deltas(shard, config))
+    deltas, findings = _deltas(shard, config, kind, told)
+    if init := changed_base(config) if kind.peft_type == "LORA" else None:
+        deltas += _taken_from_base(folder / CONFIG, config, init, told, initial)
+    return AdapterFile(config, shard, folder / CONFIG, deltas, findings)
+
+
+def _taken_from_base(
+    path: Path, config: Mapping[str, Any], init: str, told: Told, initial: Path | None
+) -> tuple[Delta, ...]:
+    """What an init that split the base took out of it, as deltas that subtract it."""
+    if told.residual_base:
+        return ()
+    if initial is None or not is_convertible(init):
+        also = "; extract.initial takes the adapter as it was before training" if is_convertible(init) else ""
+        raise Refused(
+            f"{path}: init_lora_weights is {init!r}, which changed the base it was trained on; convert the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion, or give that changed base and "
+            f"extract.residual_base=true{also}"
+        )
+    first = read_adapter(initial, replace(told, residual_base=True))
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+    if differ := [name for name in names if (first.config.get(name) or None) != (config.get(name) or None)]:
+        raise Refused(f"extract.initial: '{initial}' differs from the adapter in {differ[0]}")
+    initials = [delta for delta in first.deltas if isinstance(delta, Lora)]
+    if {d.module for d in initials} != {d.module for d in first.deltas} or config.get("use_dora"):
+        raise Refused(f"extract.initial: '{initial}' holds more than LoRA, which cannot be converted")
+    return tuple(replace(delta, scale=-delta.scale) for delta in initials)
 
 
 def _find_weights(folder: Path) -> Path:
@@ -139,134 +142,124 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _wrong_fields(path: Path, config: Mapping[str, Any]) -> list[str]:
-    wrong = []
-    if (kind := config.get("peft_type")) != "LORA":
-        wrong.append(f"{path}: peft_type is {kind!r}; this version merges LORA")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not _is_rank(rank):
-        wrong.append(f"{path}: r is {rank!r}, not a rank")
-    if not _is_number(alpha):
-        wrong.append(f"{path}: lora_alpha is {alpha!r}, not a finite number")
-    if config.get("bias", "none") != "none":
-        wrong.append(
-            f"{path}: bias is {config['bias']!r}; this version merges adapters without trained biases"
-        )
-    if config.get("fan_in_fan_out"):
-        wrong.append(
-            f"{path}: fan_in_fan_out is set (Conv1D layers of GPT-2), which this version cannot merge"
-        )
-    if (init := config.get("init_lora_weights", True)) not in _PLAIN_INITS:
-        wrong.append(
-            f"{path}: init_lora_weights is {init!r}, which changed the base it was trained on; convert the "
-            "adapter with PEFT's path_initial_model_for_weight_conversion"
-        )
-    for field, brings in _UNSUPPORTED.items():
+def _kind(path: Path, config: Mapping[str, Any]) -> Kind:
+    name = config.get("peft_type")
+    if isinstance(name, str) and name in KINDS:
+        return KINDS[name]
+    if isinstance(name, str) and name in NOT_MERGEABLE:
+        raise Refused(f"{path}: peft_type is {name}: {NOT_MERGEABLE[name]}; it cannot be merged into weights")
+    raise Refused(f"{path}: peft_type is {name!r}; this version merges {', '.join(KINDS)}")
+
+
+def _wrong_fields(path: Path, config: Mapping[str, Any], kind: Kind) -> list[str]:
+    wrong = [f"{path}: {sentence}" for sentence in kind.wrong(config)]
+    for field, brings in kind.refused.items():
         if config.get(field):
-            wrong.append(f"{path}: {field} is set, which means {brings}; this version cannot merge it")
+            wrong.append(f"{path}: {field} is set, which means {brings}; it cannot be merged")
     for field, value in config.items():
-        if field not in _INFORMATIVE and field not in _UNSUPPORTED and value not in (None, False, [], {}, ""):
+        known = field in _COMMON or field in kind.fields or field in kind.refused
+        if not known and value not in (None, False, [], {}, ""):
             wrong.append(f"{path}: field {field!r} ({value!r}) is not known and may change the result")
-    for field, fits, what in (("rank_pattern", _is_rank, "ranks"), ("alpha_pattern", _is_number, "numbers")):
-        table = config.get(field) or {}
-        if not isinstance(table, dict) or not all(fits(value) for value in table.values()):
-            wrong.append(f"{path}: {field} is {table!r}, not a table of patterns and {what}")
-    for field in ("use_rslora", "fan_in_fan_out"):
-        if not isinstance(config.get(field), bool | None):
-            wrong.append(f"{path}: {field} is {config[field]!r}, neither true nor false")
+    if (bias := config.get("bias") or "none") not in ("none", "all", f"{kind.peft_type.lower()}_only"):
+        wrong.append(f"{path}: bias is {bias!r}, not none, all or {kind.peft_type.lower()}_only")
     return wrong
 
 
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False
-
-
-def _deltas(shard: Shard, config: Mapping[str, Any]) -> dict[str, Delta]:
-    pairs: dict[str, dict[str, Entry]] = {}
-    wrong = []
+def _deltas(
+    shard: Shard, config: Mapping[str, Any], kind: Kind, told: Told
+) -> tuple[tuple[Delta, ...], tuple[Finding, ...]]:
+    modules: dict[str, dict[str, Entry]] = {}
+    shared: dict[str, Entry] = {}
+    saved: list[Delta] = []
+    wrong: list[str] = []
+    renamed, unused = [], []
     for entry in shard.entries:
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", entry.name)
-        if match and not any(part in entry.name for part, _ in _KEY_KINDS):
-            pairs.setdefault(match[1], {})[match[2]] = entry
-        else:
-            kind = next((kind for part, kind in _KEY_KINDS if part in entry.name), None)
-            what = (
-                f"({kind}), which this version cannot merge"
-                if kind
-                else "is not a LoRA tensor as PEFT names it"
+        key = _as_peft_names_it(entry.name, kind)
+        if key != entry.name:
+            renamed.append(entry.name)
+        inside = key.removeprefix(PREFIX)
+        suffix = next((s for s in kind.tensors if inside.endswith(f".{s}")), None)
+        if key.removeprefix("base_model.") in kind.shared:
+            shared[key.removeprefix("base_model.")] = entry
+        elif not key.startswith(PREFIX):
+            wrong.append(
+                f"{shard.file.path}: '{entry.name}' is not a tensor as PEFT names it{_foreign(entry.name)}"
             )
-            wrong.append(f"{shard.file.path}: '{entry.name}' {what}")
-    deltas: dict[str, Delta] = {}
-    for module, pair in pairs.items():
-        if len(pair) < 2:
-            [have] = pair
-            lacks = "B" if have == "A" else "A"
-            wrong.append(f"{shard.file.path}: '{module}' has lora_{have} but no lora_{lacks}")
-        elif reason := _mismatch(module, pair["A"], pair["B"], config):
-            wrong.append(f"{shard.file.path}: '{module}' {reason}")
+        elif suffix:
+            tensors = modules.setdefault(inside.removesuffix(f".{suffix}"), {})
+            if suffix in tensors:
+                wrong.append(
+                    f"{shard.file.path}: both '{tensors[suffix].name}' and '{entry.name}' mean {key}"
+                )
+            tensors[suffix] = entry
+        elif any(f".{start}" in inside for start in kind.unused):
+            unused.append(entry.name)
+        elif delta := _saved(inside, entry, config):
+            saved.append(delta)
         else:
-            A, B = pair["A"], pair["B"]
-            scale = scaling(module, config)
-            deltas[module] = Lora(module, "weight", (B.shape[0], A.shape[1]), A, B, scale)
-    unmet = [] if wrong else _unmet_targets(config, list(deltas))
-    wrong += [
-        f"{shard.file.path}: has nothing for '{t}', which {CONFIG} lists in target_modules" for t in unmet
-    ]
+            wrong.append(
+                f"{shard.file.path}: '{entry.name}' is no tensor of {kind.peft_type}, and {CONFIG} does not "
+                f"account for it{_foreign(entry.name)}"
+            )
+    deltas = list(saved)
+    names = frozenset(modules)
+    for module, tensors in modules.items():
+        try:
+            deltas += kind.read(Trained(module, tensors, config, shared, names, told))
+        except Refused as refusal:
+            wrong += [f"{shard.file.path}: {sentence}" for sentence in refusal.sentences]
+    used = {entry.name for delta in deltas for entry in delta.entries} | set(unused)
+    if not wrong:
+        wrong += [
+            f"{shard.file.path}: '{e.name}' is used by no module" for e in shard.entries if e.name not in used
+        ]
     if wrong:
         raise Refused(*wrong)
     if not deltas:
-        raise Refused(f"{shard.file.path}: holds no LoRA tensors")
-    return deltas
+        raise Refused(f"{shard.file.path}: holds no tensors of {kind.peft_type}")
+    return tuple(deltas), tuple(_findings(renamed, unused))
 
 
-def _mismatch(module: str, A: Entry, B: Entry, config: Mapping[str, Any]) -> str | None:
-    if len(A.shape) != 2 or len(B.shape) != 2:
-        return f"has lora_A {list(A.shape)} and lora_B {list(B.shape)}; this version merges linear layers"
-    if A.shape[0] != B.shape[1]:
-        return f"has lora_A {list(A.shape)} and lora_B {list(B.shape)}, whose ranks differ"
-    if A.shape[0] != (rank := _rank(module, config)):
-        return f"has rank {A.shape[0]}, but {CONFIG} says {rank}"
-    if not {A.dtype, B.dtype} <= DENSE_FLOATS:
-        return f"has dtypes {A.dtype} and {B.dtype}; LoRA tensors are F64, F32, F16 or BF16"
+def _findings(renamed: list[str], unused: list[str]) -> Iterable[Finding]:
+    if renamed:
+        yield Finding(
+            f"{len(renamed)} of the adapter's keys are not quite as PEFT writes them, as {renamed[0]}; they "
+            "were read as they are meant"
+        )
+    if unused:
+        yield Finding(f"{len(unused)} tensors served training only and are not merged, as {unused[0]}")
+
+
+def _as_peft_names_it(key: str, kind: Kind) -> str:
+    """The key without the adapter name `default`, a vector without `.weight`: what some writers leave in."""
+    key = re.sub(r"\.default(?=(\.weight|\.bias)?$)", "", key)
+    bare = key.removesuffix(".weight")
+    return bare if any(bare.endswith(f".{suffix}") for suffix in kind.tensors) else key
+
+
+def _saved(inside: str, entry: Entry, config: Mapping[str, Any]) -> Delta | None:
+    """A parameter saved whole, if the config accounts for it."""
+    path, _, parameter = inside.rpartition(".")
+    nested = path.endswith(NESTED)
+    module = path.removesuffix(NESTED)
+    if NESTED in module or not module:
+        return None
+    last = module.rpartition(".")[2]
+    whole = _is_saved_module(module, config)
+    trained_bias = parameter == "bias" and config.get("bias", "none") != "none"
+    embedding = parameter == "weight" and last in _EMBEDDINGS
+    if whole or trained_bias or embedding or (nested and parameter == "weight"):
+        return Saved(module, parameter, entry.shape, entry)
     return None
 
 
-def _rank(module: str, config: Mapping[str, Any]) -> int:
-    return int(_pattern(module, config.get("rank_pattern"), config["r"]))
+def _is_saved_module(module: str, config: Mapping[str, Any]) -> bool:
+    parts = module.split(".")
+    above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    return any(
+        path == m or path.endswith(f".{m}") for path in above for m in config.get("modules_to_save") or []
+    )
 
 
-def scaling(module: str, config: Mapping[str, Any]) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns that reach this module."""
-    alpha, rank = _pattern(module, config.get("alpha_pattern"), config["lora_alpha"]), _rank(module, config)
-    return alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _pattern(module: str, patterns: Mapping[str, float] | None, otherwise: float) -> float:
-    """The value of the first pattern that ends the module's path, as peft.utils.get_pattern_key finds it."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise Refused(f"{CONFIG}: pattern {pattern!r} is not a regular expression ({error})") from None
-    return otherwise
-
-
-def _unmet_targets(config: Mapping[str, Any], modules: list[str]) -> list[str]:
-    """The entries of a target_modules list that no module of the file answers, less the excluded ones."""
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
-    if not isinstance(targets, list):
-        return []
-    unmet = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in modules)]
-    if isinstance(excluded, str):
-        return [t for t in unmet if not re.fullmatch(excluded, t)]
-    return [t for t in unmet if not any(t == x or t.endswith(f".{x}") for x in excluded)]
+def _foreign(name: str) -> str:
+    return next((f" ({whose})" for part, whose in _FOREIGN if part in name), "")

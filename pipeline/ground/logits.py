@@ -157,6 +157,11 @@ def _adapted(models: Models, cls: type, factor: float, device: str) -> Any:
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(models.base(cls), str(models.adapter)).eval()
+    loaded = model.load_adapter(
+        str(models.adapter), model.active_adapter
+    )  # again, for what it could not place
+    if lost := [*loaded.missing_keys, *loaded.unexpected_keys]:
+        raise CannotCompare(f"PEFT itself does not take {len(lost)} tensors of this adapter, as {lost[0]}")
     if factor != 1:
         for module in model.modules():
             if isinstance(scaling := getattr(module, "scaling", None), dict):

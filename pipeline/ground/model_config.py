@@ -83,9 +83,23 @@ class ConfigFile:
 
 
 def edited(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with fields changed; `dtype` at every depth where it stood, under the key it had."""
+    """The config with fields changed.
+
+    `dtype` changes at every depth where it stood, under the key it had; `tie_word_embeddings` too, and
+    at the top; `vocab_size` at the top or in `text_config`, wherever it stood.
+    """
     changed = json.loads(json.dumps(config))
     for field, value in edits.items():
+        if field == "tie_word_embeddings":
+            for level in _levels(changed):
+                if level is changed or field in level:
+                    level[field] = value
+            continue
+        if field == "vocab_size" and isinstance(changed.get("text_config"), dict):
+            changed["text_config"][field] = value
+            if field in changed:
+                changed[field] = value
+            continue
         if field != "dtype":
             changed[field] = value
             continue

@@ -29,10 +29,10 @@ def unmatched(modules: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 def weight_names(modules: Iterable[tuple[str, str]], renames: Mapping[str, str]) -> dict[str, str]:
     """For each (module, parameter) the checkpoint's name for it; `renames` change leading path components."""
-    return {module: f"{_renamed(module, renames)}.{parameter}" for module, parameter in modules}
+    return {module: f"{renamed(module, renames)}.{parameter}" for module, parameter in modules}
 
 
-def _renamed(module: str, renames: Mapping[str, str]) -> str:
+def renamed(module: str, renames: Mapping[str, str]) -> str:
     for old, new in renames.items():
         if module == old or module.startswith(f"{old}."):
             return new + module[len(old) :]

@@ -1,7 +1,8 @@
-"""Merged weights recomputed on a second path: safetensors' own reader, the plain formula, float64.
+"""Merged weights recomputed in float64, and how far what is stored is from that.
 
-Nothing here shares code with what wrote the weights, but the decoding of the base's rows, which the
-caller brings; decoders are proved bit-equal to their references by the tests.
+For plain LoRA on a second path - safetensors' own reader, the plain formula - which shares nothing with
+what wrote the weights but the decoding of the base's rows. For every other kind with the kind's own rows
+in float64; the tests hold those against PEFT.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Facts:
 
 
 class Reference:
-    """An adapter folder read with the safetensors library: float64 rows of what it adds to a module."""
+    """An adapter folder read with the safetensors library: float64 rows of what LoRA adds to a module."""
 
     def __init__(self, adapter: Path, config: Mapping[str, Any]) -> None:
         self._path, self._config = adapter / "adapter_model.safetensors", config
@@ -93,10 +94,20 @@ class Reference:
         return float(alpha / rank**0.5 if self._config.get("use_rslora") else alpha / rank)
 
 
+def size_of_terms(base: Tensor, delta: Tensor) -> Tensor:
+    """What stands for |B| |A| for a kind without such a product: the norms of the rows it sums over."""
+    W = base.double()
+    return (W.norm(dim=1, keepdim=True) + delta.norm(dim=1, keepdim=True)).expand(W.shape)
+
+
 def compare(
     facts: Facts, stored: Tensor, dtype: str, base: Tensor, rounded: Tensor, delta: Tensor, size: Tensor
 ) -> None:
-    """Adds one sample to the facts: stored rows against base + delta; `rounded` is the base in that dtype."""
+    """Adds one sample to the facts: stored rows against base + delta.
+
+    All are `(rows, columns)`; `rounded` is the base in the stored dtype, `delta` and `size` are float64,
+    `size` what the slack is taken of beside |W|.
+    """
     W, O = base.double(), stored.double()  # noqa: E741
     target = W + delta
     error, unit, slack = (O - target).abs(), ulp(target, dtype), SLACK * (W.abs() + size)

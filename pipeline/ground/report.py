@@ -21,6 +21,7 @@ class Action(Enum):
 
     copied = "bytes as they are"
     merged = "base + delta, rounded once"
+    saved = "taken whole from the adapter"
     decoded = "quantized codes written as floats"
     cast = "another float dtype"
 

@@ -8,7 +8,7 @@ the base (DoRA, IA3, OFT) or replaces it (saved modules).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -95,6 +95,13 @@ class Delta(ABC):
         """The same for a parameter that lies transposed (Conv1D of GPT-2, experts as (in, out))."""
         return Turned(self.module, self.parameter, (*self.shape[:-2], self.shape[-1], self.shape[-2]), self)
 
+    def among(self, deltas: Sequence[Delta]) -> Self:
+        """The same, knowing all of its adapter's deltas, itself too, each `on` its parameter.
+
+        For what they share and the file does not hold: VeRA's projection is as large as the largest of them.
+        """
+        return self
+
     @abstractmethod
     def open(self, device: str, dtype: str, factor: float, base: Base) -> AbstractContextManager[RowsOf]:
         """rows(start, stop, W) in `dtype` (F32 or F64) on `device`: factor * delta, or the new value.
@@ -139,6 +146,10 @@ class Turned(Delta):
 
     def turned(self) -> Delta:
         return self.plain
+
+    def among(self, deltas: Sequence[Delta]) -> Turned:
+        plain = [delta.plain if isinstance(delta, Turned) else delta for delta in deltas]
+        return replace(self, plain=self.plain.among(plain))
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:

@@ -12,6 +12,18 @@ from pipeline.ground.errors import Refused
 from pipeline.ground.shards import Entry
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What only the user can say of an adapter, because its files do not."""
+
+    residual_base: bool = False  # the base is the one that the init left over, not the original
+    expert_major: bool = False  # lora_B of experts is packed as Unsloth does
+    out_proj_times: int | None = None  # how often a MultiheadAttention's out_proj delta was applied
+
+
+NOTHING_TOLD = Told()
+
+
 @dataclass(frozen=True)
 class Trained:
     """What an adapter file holds for one module: its tensors by suffix, those of all modules by key."""
@@ -20,6 +32,8 @@ class Trained:
     tensors: Mapping[str, Entry]
     config: Mapping[str, Any]
     shared: Mapping[str, Entry] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()  # all that the file has tensors for, as their keys name them
+    told: Told = NOTHING_TOLD
 
     def __getitem__(self, suffix: str) -> Entry:
         """The tensor; Refused where the module lacks it."""
@@ -48,7 +62,7 @@ class Kind:
     """One peft_type.
 
     `tensors`: suffixes that follow the module's name in a key; `shared`: keys that follow `base_model.`
-    alone. `fields`: what `read` understands of the config, with what only steers training. `refused`:
+    alone; `unused`: beginnings of suffixes that served training only. `fields`: what `read` understands of the config, with what only steers training. `refused`:
     fields that, when set, mean something that cannot be merged, and what. `read` gives the deltas of one
     module; it raises Refused by `Trained.refuse`.
     """
@@ -58,6 +72,7 @@ class Kind:
     fields: frozenset[str]
     read: Callable[[Trained], list[Delta]]
     shared: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     wrong: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     """Sentences about fields whose values cannot be; they begin with the field's name."""

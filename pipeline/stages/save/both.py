@@ -21,7 +21,7 @@ class SaveBoth(SaveMerged):
 
     def plan(self, merged: Checkpoint[Weight], adapter: Adapter) -> Plan:
         factors = {p.factor for w in merged.weights if isinstance(w, Merged) for p in w.placed}
-        if factors != {1.0}:
+        if factors - {1.0}:
             raise Refused(
                 f"save: both would keep the adapter as it is beside a model merged with merge.weight="
                 f"{min(factors):g}, which is not the same; use save=merged"

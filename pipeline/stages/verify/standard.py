@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files as package_files
 from math import prod
 from typing import Any
 
 from pipeline.ground import logits
+from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.errors import Refused
 from pipeline.ground.progress import Progress
-from pipeline.ground.reference import Facts, Folder, Reference, compare, sampled_rows
+from pipeline.ground.reference import Facts, Folder, Reference, compare, sampled_rows, size_of_terms
 from pipeline.ground.report import Action, Gate, Report, Status
 from pipeline.ground.rounding import round_to
 from pipeline.ground.units import show_bytes
 from pipeline.stage import Verify, stage
 from pipeline.stages.verify.structure import effect, files, hashes, report
-from pipeline.weight import Adapter, Checkpoint, Merged, Output, Weight
+from pipeline.weight import Adapter, Checkpoint, Merged, Output, Placed, Weight
 
 
 @stage("standard")
@@ -53,7 +54,7 @@ class Standard(Verify):
             gates += self._judged(output, facts, weights, findings)
         outcome = None
         if _all_passed(gates):
-            outcome = self._answers(output, base, gates, findings)
+            outcome = self._answers(output, base, adapter, gates, findings)
         gates += hashes(output)
         return report(
             output,
@@ -91,7 +92,12 @@ class Standard(Verify):
         return gates
 
     def _answers(
-        self, output: Output, base: Checkpoint[Weight], gates: list[Gate], findings: list[str]
+        self,
+        output: Output,
+        base: Checkpoint[Weight],
+        adapter: Adapter,
+        gates: list[Gate],
+        findings: list[str],
     ) -> logits.Outcome | None:
         name, wanted = "logits", f"ratio <= {self.max_ratio:g}"
         if not self.tokens:
@@ -109,9 +115,13 @@ class Standard(Verify):
             )
             gates.append(Gate(name, Status.skipped, "not enough memory", wanted))
             return None
-        models = logits.Models(output.folder, output.adapter.origin.folder, base_model(base))
+        models = logits.Models(output.folder, output.adapter.origin.folder, base_model(base, output.merged))
         text = package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
         factor = _factor(output.merged)
+        if factor != 1 and not all(isinstance(delta, Lora) for delta in adapter.deltas):
+            findings.append("logits were not compared: PEFT cannot scale what is no LoRA by merge.weight")
+            gates.append(Gate(name, Status.skipped, "no reference for merge.weight", wanted))
+            return None
         try:
             outcome = logits.compare(models, text, self.tokens, self.prompt, factor, device)
         except logits.CannotCompare as reason:
@@ -135,7 +145,7 @@ def _all_passed(gates: list[Gate]) -> bool:
 
 
 def _factor(merged: Checkpoint[Weight]) -> float:
-    return next(p.factor for w in merged.weights if isinstance(w, Merged) for p in w.placed)
+    return next((p.factor for w in merged.weights if isinstance(w, Merged) for p in w.placed), 1.0)
 
 
 def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
@@ -148,18 +158,33 @@ def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
     with reference, Progress("recomputing samples", sum(planned[w.name].num_bytes for w in merged)) as bar:
         for weight in merged:
             bar.advance(planned[weight.name].num_bytes)
-            facts = found[weight.name] = Facts()
-            [placed] = weight.placed
-            with weight.base.open("cpu") as tiles:
-                for start, stop in sampled_rows(
-                    weight.name, weight.num_rows, weight.num_columns, weight.grain
-                ):
-                    base = tiles(start, stop).base
-                    delta, size = reference.delta(placed.delta.module, placed.factor, start, stop)
-                    dtype = planned[weight.name].dtype
+            facts, dtype = Facts(), planned[weight.name].dtype
+            found[weight.name] = facts
+            plain = plain_lora(weight)
+            samples = sampled_rows(weight.name, weight.num_rows, weight.num_columns, weight.grain)
+            with replace(weight, arithmetic="F64").open("cpu") as tiles, weight.base.open("cpu") as bases:
+                for start, stop in samples:
+                    if plain:
+                        base = bases(start, stop).base
+                        delta, size = reference.delta(plain.delta.module, plain.factor, start, stop)
+                    else:
+                        tile = tiles(start, stop)
+                        base, delta = tile.base, tile.value - tile.base.double()
+                        size = size_of_terms(base, delta)
                     rows = folder.rows(weight.name, start, stop)
                     compare(facts, rows, dtype, base, round_to(base, dtype), delta, size)
     return found
+
+
+def plain_lora(weight: Merged) -> Placed | None:
+    """The one piece of a weight that is nothing but B @ A on all of it."""
+    if len(weight.placed) != 1 or not isinstance(weight.placed[0].delta, Lora):
+        return None
+    [placed] = weight.placed
+    delta = placed.delta
+    assert isinstance(delta, Lora)
+    plain = len(delta.A.shape) == 2 and delta.blocks == (1, 1) and not delta.transposed
+    return placed if plain and delta.shape == weight.shape and "out_proj" not in delta.module else None
 
 
 def converted(output: Output) -> Gate:
@@ -168,7 +193,7 @@ def converted(output: Output) -> Gate:
     planned = {w.name: w for w in output.plan.weights}
     for weight in output.merged.weights:
         plan = planned[weight.name]
-        if plan.action not in (Action.decoded, Action.cast):
+        if plan.action not in (Action.decoded, Action.cast, Action.saved):
             continue
         count += 1
         with weight.open("cpu") as tiles:
@@ -186,6 +211,8 @@ def converted(output: Output) -> Gate:
 
 def rounding(output: Output, facts: dict[str, Facts]) -> Gate:
     """Merged weights within half a unit in the last place; a figure only where arithmetic is narrower."""
+    if not facts:
+        return Gate("rounding", Status.passed, "no weight is merged", "half a unit in the last place")
     worst = max(facts, key=lambda name: facts[name].worst_ulp)
     beyond = sum(f.beyond for f in facts.values())
     raw, elements = max(f.worst_raw_ulp for f in facts.values()), sum(f.elements for f in facts.values())
@@ -213,10 +240,16 @@ def _sampled_effect(facts: dict[str, Facts]) -> Gate:
     return Gate("effect", Status.failed if same or broken else Status.passed, seen, "all of them, all finite")
 
 
-def base_model(base: Checkpoint[Weight]) -> Callable[[type], Any]:
-    """How to get the base as a float32 model: from its folder, or from its decoded weights."""
+def base_model(base: Checkpoint[Weight], merged: Checkpoint[Weight]) -> Callable[[type], Any]:
+    """How to get the base as a float32 model, from its folder or decoded weights, with room for new tokens."""
 
     def load(cls: Any) -> Any:
+        model = plain(cls)
+        if vocabulary := merged.config_edits.get("vocab_size"):
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        return model
+
+    def plain(cls: Any) -> Any:
         import torch
 
         if all(weight.source is not None for weight in base.weights):

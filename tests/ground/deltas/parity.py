@@ -59,12 +59,15 @@ def merged_by_us(
 ) -> dict[str, torch.Tensor]:
     """The base's weights with these deltas, by blocks of rows as a stream would ask for them."""
     merged = dict(state)
+    placed = []
     for delta in found:
-        name = f"{delta.module}.{delta.parameter}"
-        weight = state[name]
+        weight = state[f"{delta.module}.{delta.parameter}"]
         delta = delta.turned() if turned else delta
         assert delta.misfit(tuple(weight.shape)) is None, delta.misfit(tuple(weight.shape))
-        delta = delta.on(tuple(weight.shape))
+        placed.append(delta.on(tuple(weight.shape)))
+    for delta in [delta.among(placed) for delta in placed]:
+        name = f"{delta.module}.{delta.parameter}"
+        weight = state[name]
         W = weight.reshape(delta.num_rows, -1)
         kind = torch.float64 if wide == "F64" else torch.float32
         parts = []

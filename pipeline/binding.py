@@ -1,0 +1,215 @@
+"""Every delta of an adapter bound to the weights that it changes: each used wholly, once, or refused."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.ground.deltas.delta import Delta
+from pipeline.ground.deltas.experts import Experts, settled
+from pipeline.ground.deltas.saved import Saved
+from pipeline.ground.dtypes import DENSE_FLOATS
+from pipeline.ground.errors import Refused
+from pipeline.ground.module_names import Names, Site
+from pipeline.ground.names import nearest
+from pipeline.weight import Adapter, Checkpoint, FromAdapter, Placed, Weight
+
+# Models whose layers are Conv1D, which hold their weights as (in, out), and how those layers are called.
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_sw3"})
+_CONV1D_LAYERS = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+# Models whose fused experts lie as (experts, in, out).
+_TURNED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "llama4", "llama4_text"})
+
+
+@dataclass
+class Bound:
+    """What an adapter does to a checkpoint: pieces by weight, and weights that only the adapter has."""
+
+    placed: dict[str, list[Placed]] = field(default_factory=lambda: defaultdict(list))
+    whole: dict[str, FromAdapter] = field(default_factory=dict)
+    homeless: list[Delta] = field(default_factory=list)  # fits nothing that the files hold
+
+
+def bind(base: Checkpoint[Weight], adapter: Adapter, factor: float, renames: Mapping[str, str]) -> Bound:
+    """All deltas of the adapter, with their factor; Refused for what does not fit."""
+    weights = {weight.name: weight for weight in base.weights}
+    names = Names({weight.name: weight.shape for weight in base.weights}, renames)
+    bound, wrong = Bound(), []
+    modules = {delta.module for delta in adapter.deltas}
+    for old in renames:
+        if not any(module == old or module.startswith(f"{old}.") for module in modules):
+            wrong.append(f"names: no module of the adapter is '{old}' or begins with '{old}.'")
+    for delta in adapter.deltas:
+        try:
+            sites = _sites(names, delta)
+            if not sites:
+                bound.homeless.append(delta)
+            elif isinstance(delta, Saved) and (whole := _whole(weights[sites[0].weight], delta)):
+                bound.whole[whole.name] = whole
+            else:
+                for name, placed in _pieces(base, weights, delta, sites, factor, adapter):
+                    bound.placed[name].append(placed)
+        except Refused as refusal:
+            wrong += refusal.sentences
+    for name in list(bound.placed):
+        _save_first(weights[name], bound, factor)
+    for name, pieces in bound.placed.items():
+        if reason := _conflict(weights[name], pieces):
+            wrong.append(f"adapter: {reason}")
+    if wrong:
+        raise Refused(*wrong)
+    return bound
+
+
+def unknown_modules(base: Checkpoint[Weight], homeless: Sequence[Delta]) -> str:
+    """The sentence for deltas that no weight of the base answers."""
+    first = f"{homeless[0].module}.{homeless[0].parameter}"
+    modules = len({delta.module for delta in homeless})
+    return (
+        f"adapter: no weight {first} in {base.origin.asked}{nearest(first, [w.name for w in base.weights])} "
+        f"({modules} of its modules match nothing; names={{from: to}} renames modules)"
+    )
+
+
+def _sites(names: Names, delta: Delta) -> tuple[Site, ...]:
+    if sites := names.find(delta.module, delta.parameter):
+        return sites
+    if delta.parameter == "weight":  # a MultiheadAttention keeps its q, k and v in one parameter
+        return names.find(delta.module, "in_proj_weight")
+    return ()
+
+
+def _whole(weight: Weight, delta: Saved) -> FromAdapter | None:
+    """The weight as the adapter holds it, where the base's has another size or is no float."""
+    if weight.dtype not in DENSE_FLOATS or delta.entry.dtype not in DENSE_FLOATS:
+        if weight.dtype != delta.entry.dtype or weight.shape != delta.shape:
+            raise Refused(
+                f"adapter: '{delta.module}' holds {delta.entry.dtype} {list(delta.shape)}, but "
+                f"{weight.name} is {weight.dtype} {list(weight.shape)}"
+            )
+        return FromAdapter(weight.name, delta.shape, weight.dtype, delta.entry)
+    same_width = len(weight.shape) == len(delta.shape) == 2 and weight.shape[1] == delta.shape[1]
+    if same_width and weight.shape != delta.shape:
+        return FromAdapter(weight.name, delta.shape, weight.dtype, delta.entry)
+    return None
+
+
+def _save_first(weight: Weight, bound: Bound, factor: float) -> None:
+    """A weight that is saved and trained besides: the saved one takes the base's place before the rest."""
+    placed = bound.placed[weight.name]
+    saved = [p.delta for p in placed if isinstance(p.delta, Saved)]
+    if len(saved) == 1 and len(placed) > 1 and factor == 1:
+        entry = saved[0].entry
+        bound.whole[weight.name] = FromAdapter(weight.name, weight.shape, weight.dtype, entry)
+        bound.placed[weight.name] = [p for p in placed if not isinstance(p.delta, Saved)]
+
+
+def _pieces(
+    base: Checkpoint[Weight],
+    weights: Mapping[str, Weight],
+    delta: Delta,
+    sites: Sequence[Site],
+    factor: float,
+    adapter: Adapter,
+) -> Iterator[tuple[str, Placed]]:
+    """The places of one delta, which together take all of its rows."""
+    for site in sites:
+        if weights[site.weight].dtype not in DENSE_FLOATS:
+            stored = weights[site.weight].dtype
+            raise _misfit(delta, f"means {site.weight}, which is stored as {stored}; it cannot be decoded")
+    if isinstance(delta, Experts):
+        known = settled(delta, base.config.model_type, adapter.config.get("peft_version"))
+        if isinstance(known, str):
+            raise _misfit(delta, known)
+        delta = known
+    first = weights[sites[0].weight]
+    if len(sites) > 1:
+        yield from _over_experts(weights, delta, sites, factor)
+    elif sites[0].matrix is not None and len(first.shape) == 3:
+        yield first.name, _into_experts(base, first, delta, sites[0], factor)
+    else:
+        fitted = _fitted(delta, first, base.config.model_type)
+        fold = max(first.num_rows // max(fitted.num_rows, 1), 1)
+        yield first.name, Placed(fitted, factor, (0, fitted.num_rows), fold=fold)
+
+
+def _fitted(delta: Delta, weight: Weight, model_type: str | None) -> Delta:
+    """The delta as the weight lies: most are (out, in), those of Conv1D (in, out)."""
+    layer = weight.name.rpartition(".")[0].rpartition(".")[2]
+    conv1d = model_type in _CONV1D_MODELS and layer in _CONV1D_LAYERS and len(weight.shape) == 2
+    straight = delta.misfit(weight.shape)
+    if len(weight.shape) == 2 and not isinstance(delta, Experts | Saved):
+        turned = delta.turned()
+        if turned.misfit(weight.shape) is None and (straight is not None or conv1d):
+            return turned.on(weight.shape)
+    if straight is not None:
+        raise _misfit(delta, f"{straight}, but {weight.name} is {list(weight.shape)}")
+    return delta.on(weight.shape)
+
+
+def _over_experts(
+    weights: Mapping[str, Weight], delta: Delta, sites: Sequence[Site], factor: float
+) -> Iterator[tuple[str, Placed]]:
+    """A delta on stacked experts, whose rows lie in a weight for each expert (and for gate and up)."""
+    rows, columns = weights[sites[0].weight].shape
+    height = rows * sites[0].parts
+    shape = (1 + max(site.matrix or 0 for site in sites), height, columns)
+    if reason := delta.misfit(shape):
+        raise _misfit(delta, f"{reason}, but the base has {shape[0]} experts {[height, columns]}")
+    if not delta.stacked:
+        raise _misfit(delta, "changes stacked experts, which the base holds one by one")
+    fitted = delta.on(shape)
+    taken = 0
+    for site in sites:
+        start = (site.matrix or 0) * height + site.part * rows
+        taken += rows
+        yield site.weight, Placed(fitted, factor, (start, start + rows))
+    if taken != fitted.num_rows:
+        raise _misfit(delta, f"has {fitted.num_rows} rows, but the base's experts take {taken}")
+
+
+def _into_experts(
+    base: Checkpoint[Weight], weight: Weight, delta: Delta, site: Site, factor: float
+) -> Placed:
+    """A delta on one expert, which lies in a weight with all of them."""
+    experts, height, width = weight.shape
+    e, part, parts = site.matrix or 0, site.part, site.parts
+    straight, turned = (height // parts, width), (width // parts, height)
+    fits = delta.misfit(straight) is None and height % parts == 0
+    fits_turned = delta.misfit(turned) is None and width % parts == 0
+    lies_turned = base.config.model_type in _TURNED_EXPERTS
+    if e >= experts or not (fits or fits_turned):
+        raise _misfit(delta, f"{delta.misfit(straight)}, but {weight.name} is {list(weight.shape)}")
+    if fits and not (fits_turned and lies_turned):
+        start = e * height + part * straight[0]
+        return Placed(delta.on(straight), factor, (0, straight[0]), row=start)
+    if parts > 1 and base.config.model_type == "gpt_oss":
+        raise _misfit(delta, f"is one of {parts} that {weight.name} holds interleaved")
+    return Placed(delta.on(turned).turned(), factor, (0, height), row=e * height, column=part * turned[0])
+
+
+def _misfit(delta: Delta, reason: str) -> Refused:
+    return Refused(f"adapter: '{delta.module}' {reason}")
+
+
+def _conflict(weight: Weight, placed: Sequence[Placed]) -> str | None:
+    """Why these pieces cannot meet in one weight."""
+    for number, one in enumerate(placed):
+        for other in placed[:number]:
+            if one.row >= other.stop or other.row >= one.stop or not _share_columns(one, other):
+                continue
+            if one.delta.module != other.delta.module and one.factor == other.factor:
+                return (
+                    f"both '{other.delta.module}' and '{one.delta.module}' mean {weight.name}; check names="
+                )
+            if one.delta.replaces or other.delta.replaces:
+                return (
+                    f"'{one.delta.module}' has {other.describe()} and {one.describe()}, whose order would "
+                    "change the result"
+                )
+    return None
+
+
+def _share_columns(one: Placed, other: Placed) -> bool:
+    return one.column < other.column + other.width and other.column < one.column + one.width

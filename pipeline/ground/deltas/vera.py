@@ -1,0 +1,129 @@
+"""VeRA: delta = (lambda_b * B) @ (lambda_d * A), A and B random and shared (Kopiczko et al., arXiv:2310.11454).
+
+Each module takes the first columns of A (r, largest in) and the first rows of B (largest out, r). With
+save_projection=false the file lacks them: they are drawn again from projection_prng_key, as PEFT draws
+them, and rounded to the base's dtype, in which PEFT creates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.ground.deltas.delta import UNKNOWN, Base, Delta, RowsOf, read_entry
+from pipeline.ground.deltas.fields import wrong_values
+from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
+from pipeline.ground.dtypes import torch_dtype
+from pipeline.ground.shards import Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Vera(Delta):
+    """`lambda_b` (out,), `lambda_d` (r,); `saved` is A and B, else `key` and `largest` (out, in) tell them."""
+
+    lambda_b: Entry
+    lambda_d: Entry
+    saved: tuple[Entry, Entry] | None
+    key: int
+    largest: tuple[int, int] | None = None
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return (self.lambda_b, self.lambda_d, *(self.saved or ()))
+
+    @property
+    def rank(self) -> int:
+        return self.lambda_d.shape[0]
+
+    @property
+    def state_bytes(self) -> int:
+        drawn = sum(self.largest) * self.rank if self.largest and not self.saved else 0
+        return super().state_bytes + 16 * drawn + 8 * self.rank * (self.num_rows + self.num_columns)
+
+    def describe(self, factor: float) -> str:
+        return f"VeRA rank {self.rank}" + (f" times {factor:g}" if factor != 1 else "")
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        limit = self.saved[0].shape[1] if self.saved else None
+        if len(shape) == 2 and limit is not None and shape[1] > limit:
+            return f"shares a vera_A of {limit} columns, fewer than the weight's {shape[1]}"
+        return super().misfit(shape)
+
+    def among(self, deltas: Sequence[Delta]) -> Vera:
+        shapes = [delta.shape for delta in deltas if isinstance(delta, Vera)]
+        return replace(self, largest=(max(s[0] for s in shapes), max(s[1] for s in shapes)))
+
+    @contextmanager
+    def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:
+        if self.saved:
+            A, B = (read_entry(entry, device, dtype) for entry in self.saved)
+        else:
+            kind = base(0, 1).dtype
+            A, B = (x.to(kind).to(device, torch_dtype(dtype)) for x in self._draw())
+        A = read_entry(self.lambda_d, device, dtype)[:, None] * A[:, : self.num_columns]
+        B = read_entry(self.lambda_b, device, dtype)[:, None] * B[: self.num_rows]
+
+        def rows(start: int, stop: int, W: Tensor) -> Tensor:
+            return (B[start:stop] @ A).mul_(factor)
+
+        yield rows
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """A and B, float32: uniform as Kaiming's init has it, A before B from one generator."""
+        import torch
+
+        if self.largest is None:
+            raise AssertionError("a projection that is drawn needs `among` beforehand")
+        generator = torch.Generator("cpu").manual_seed(self.key)
+        outputs, inputs = self.largest
+        A, B = (
+            torch.nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.float32), generator=generator)
+            for shape in ((self.rank, inputs), (outputs, self.rank))
+        )
+        return A, B
+
+
+def read(trained: Trained) -> list[Delta]:
+    """The delta of one module."""
+    config = trained.config
+    lambda_b, lambda_d = trained["vera_lambda_b"], trained["vera_lambda_d"]
+    check_floats(trained, lambda_b, lambda_d)
+    wanted = {"vera_lambda_b": ("out",), "vera_lambda_d": (config["r"],)}
+    outputs = check_shapes(trained, wanted)["out"]
+    saved = None
+    if config.get("save_projection", True) or trained.shared:
+        A, B = saved = trained.common("vera_A"), trained.common("vera_B")
+        check_floats(trained, A, B)
+        fits = len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] == config["r"]
+        if not fits or B.shape[0] < outputs:
+            raise trained.refuse(
+                f"has {outputs} outputs, r is {config['r']}: vera_A {list(A.shape)} and vera_B "
+                f"{list(B.shape)} do not cover that"
+            )
+    key = config.get("projection_prng_key", 0)
+    return [Vera(trained.module, "weight", (outputs, UNKNOWN), lambda_b, lambda_d, saved, key)]
+
+
+def _wrong(config: Mapping[str, Any]) -> list[str]:
+    wrong = wrong_values(config, counts=["r"], flags=["save_projection"])
+    key = config.get("projection_prng_key", 0)
+    if key != 0 and not is_count(key) or isinstance(key, bool):
+        wrong.append(f"projection_prng_key is {key!r}, not a seed")
+    return wrong
+
+
+KIND = Kind(
+    peft_type="VERA",
+    tensors=("vera_lambda_b", "vera_lambda_d"),
+    shared=("vera_A", "vera_B"),
+    fields=frozenset(
+        {"r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
+    ),
+    read=read,
+    wrong=_wrong,
+)

@@ -1,0 +1,214 @@
+"""What adapter_config.json promises to have trained, held against what the adapter file has tensors for.
+
+PEFT fills what a file lacks with fresh weights and a warning; a merge of files would pass over it in
+silence. So a file that lost lm_head or layer 17 is refused. What a model in memory may never have had is
+no more than a finding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from pipeline.ground.base_modules import (
+    BaseModules,
+    Module,
+    base_modules,
+    by_number,
+    plain,
+    prefixes,
+    suffixes,
+)
+from pipeline.ground.errors import Refused
+from pipeline.ground.target_rules import Test, excluding, is_all_linear, saving, targeting, wrong_fields
+
+CONFIG = "adapter_config.json"
+# A base's files may lack these though a model in memory has them: tied to the embeddings, or made anew.
+_HEADS = frozenset(["classifier", "embed_out", "lm_head", "output", "qa_outputs", "score"])
+# PEFT adds all of a task's names to modules_to_save; a model has one of them.
+_TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+# Tasks whose model has the embeddings and the head that a pattern may mean; None where it is not said.
+_GENERATING = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
+_ENDS = ("embed_tokens", "lm_head")
+_ROUTER = re.compile(r"(.*\.)?([^.]*router[^.]*|[^.]*_gate|gate|wg)(\.[^.]*)?")
+_LINEAR = re.compile(r"(.*\.)?([^.]*proj[^.]*|(fc|dense|linear|query|key|value|c_)[^.]*|qkv|w[1-3])")
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a config promises of a base, by the adapter's own names of modules."""
+
+    trained: Mapping[str, str]
+    """modules with LoRA, each with the base's weight, that the file has or must have"""
+    unmet: Mapping[str, tuple[str, ...]]
+    """by field of the config: its entries that no module of the file answers, though one must"""
+    lost: tuple[str, ...]
+    """modules that the file lacks though it has others of their kind, or of their layers"""
+    slips: Mapping[str, tuple[str, ...]]
+    """by field of the config: entries that neither the file nor the base answers"""
+    unsure: tuple[str, ...]
+    """modules of the base that the file lacks, and a model in memory may lack too"""
+    shared: tuple[str, ...]
+    """keys and values of the last layers, which a model that shares those of earlier ones lacks in memory"""
+    apart: Mapping[str, int]
+    """stacks of layers in which the file has nothing: how many modules there the config means"""
+
+
+def expected_modules(config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
+    """Those of `modules`, named as in a model in memory, that PEFT puts LoRA on by this config.
+
+    Give `all-linear` linear layers only. Without target_modules none: PEFT's table by architecture is no
+    promise of the config's. Refused if a field is not what it must be.
+    """
+    if wrong := wrong_fields(config):
+        raise Refused(*(f"{CONFIG}: {sentence}" for sentence in wrong))
+    if config.get("target_modules") is None:
+        return set()
+    return set(filter(targeting(config), modules))
+
+
+def unkept(
+    config: Mapping[str, Any],
+    file_modules: Collection[str],
+    base: Mapping[str, tuple[int, ...]],
+    num_layers: int | None = None,
+    renames: Mapping[str, str] = {},  # noqa: B006
+) -> tuple[list[str], list[str]]:
+    """(refusals, findings): a sentence each on what the config promises and the file lacks.
+
+    `file_modules`: all that the file has LoRA, saved weights or token rows for. `base`: the decoded shapes
+    of the checkpoint's weights by its files' names. `num_layers`: the language model's, where the files may
+    have more. `renames`: {from: to} from the adapter's names to the base's.
+    """
+    if wrong := wrong_fields(config):
+        return [f"{CONFIG}: {sentence}" for sentence in wrong], []
+    found = promise(config, file_modules, base, num_layers, renames)
+    refusals = [
+        f"has nothing for {_sized(entries, base) if field == 'modules_to_save' else _quoted(entries)}, "
+        f"which {CONFIG} lists in {field}"
+        for field, entries in found.unmet.items()
+    ]
+    if found.lost:
+        refusals.append(
+            f"has nothing for {_some(found.lost)}, which {CONFIG} promises: it has others like it"
+        )
+    return refusals, list(_findings(found))
+
+
+def _findings(found: Promise) -> Iterator[str]:
+    for field, entries in found.slips.items():
+        yield f"{CONFIG} lists {_quoted(entries)} in {field}, which neither the file nor the base has"
+    for tower, count in found.apart.items():
+        yield f"has nothing under '{tower}', where {CONFIG} means {count} modules if its model had them"
+    if found.unsure:
+        yield f"has nothing for {_some(found.unsure)}, which {CONFIG} means if its model had it"
+    if found.shared:
+        yield f"has nothing for {_some(found.shared)}, as models have it that share keys between layers"
+
+
+def promise(
+    config: Mapping[str, Any],
+    file_modules: Collection[str],
+    base: Mapping[str, tuple[int, ...]],
+    num_layers: int | None = None,
+    renames: Mapping[str, str] = {},  # noqa: B006
+) -> Promise:
+    """What the config promises of this base, sorted by what the file has of it; arguments as of `unkept`."""
+    held = {plain(module) for module in file_modules}
+    known = base_modules(held, ((name, len(shape)) for name, shape in base.items()), num_layers, renames)
+    targeted, saved = targeting(config), saving(config)
+    unmet, slips = _entries(config, held, known, targeted)
+    trained = {m.name: m for m in known.modules if m.is_matrix and _is_meant(m, config, known, targeted)}
+    told = unmet.get("target_modules", ())
+    missing = [m for m in trained.values() if m.name not in held and not _answers(m, told)]
+    unsure = {m.name for m in missing if m.kind not in known.kinds and _is_unsure(m, config, known)}
+    shared = _shared_keys([m for m in missing if m.name not in unsure], trained.values(), held)
+    lost = {m.name for m in missing} - unsure - shared
+    lost |= {m.name for m in known.modules if m.kind in known.kinds and saved(m.name)} - held
+    if config.get("target_parameters"):
+        lost |= known.lacking({m for m in held if not targeted(m) and not saved(m)})
+    return Promise(
+        {name: m.weight for name, m in trained.items() if name not in unsure | shared},
+        unmet,
+        tuple(sorted(lost, key=by_number)),
+        slips,
+        tuple(n for n in sorted(unsure, key=by_number) if held.isdisjoint(prefixes(n))),
+        tuple(sorted(shared, key=by_number)),
+        {tower: n for tower, names in known.apart.items() if (n := sum(map(targeted, names)))},
+    )
+
+
+def _is_meant(module: Module, config: Mapping[str, Any], known: BaseModules, targeted: Test) -> bool:
+    if config.get("target_modules") is None:  # by PEFT's table, which the file shows well enough
+        return module.kind in known.kinds and targeted(module.name)
+    return targeted(module.name) or (not module.stack and targeted(module.canonical))
+
+
+def _is_unsure(module: Module, config: Mapping[str, Any], known: BaseModules) -> bool:
+    """Whether a model in memory may lack this, or have it in a form that LoRA does not take."""
+    last = module.canonical.rpartition(".")[2]
+    if not module.stack:
+        by_pattern = isinstance(config["target_modules"], str) and not is_all_linear(config)
+        return not by_pattern or last not in _ENDS or config.get("task_type") not in _GENERATING
+    if "experts" in module.canonical.split(".") or _ROUTER.fullmatch(module.canonical):
+        return True
+    return module.stack in known.strange or (is_all_linear(config) and not _LINEAR.fullmatch(last))
+
+
+def _shared_keys(missing: Iterable[Module], meant: Iterable[Module], held: Collection[str]) -> set[str]:
+    """Keys and values missing from some layer on to the last, where the file has other modules.
+
+    Gemma 3n and 4 keep them in their files for layers that use those of earlier ones.
+    """
+    meant, found = list(meant), set()
+    for tower in {m.stack for m in missing}:
+        first = min((m.layer for m in missing if m.stack == tower and _is_key(m)), default=None)
+        if not first:
+            continue
+        tail = [m for m in meant if m.stack == tower and m.layer >= first]
+        keys = {m.name for m in tail if _is_key(m)}
+        if keys.isdisjoint(held) and {m.layer for m in tail} == {m.layer for m in tail if m.name in held}:
+            found |= keys
+    return found
+
+
+def _is_key(module: Module) -> bool:
+    return module.kind.endswith((".k_proj", ".v_proj"))
+
+
+def _entries(
+    config: Mapping[str, Any], held: Collection[str], known: BaseModules, targeted: Test
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """(unmet, slips): by field, entries that nothing in the file answers, though the base has it or not."""
+    ending, above = {s for m in held for s in suffixes(m)}, {p for m in held for p in prefixes(m)}
+    targets, excluded = config.get("target_modules"), excluding(config)
+    open_: dict[str, list[str]] = {
+        "target_modules": [t for t in targets if t not in ending and not excluded(t)]
+        if isinstance(targets, list)
+        else [],
+        "target_parameters": [
+            p
+            for p in config.get("target_parameters") or []
+            if "." in p and p.rpartition(".")[0] not in ending
+        ],
+        "modules_to_save": _unsaved(config, above),
+        "trainable_token_indices": _unmet_tokens(config, held, ending, targeted),
+    }
+    unmet, slips = {}, {}
+    for field, entries in open_.items():
+        meant = {entry: _meant_by(entry, field, known) for entry in entries}
+        if field == "target_modules":  # what other fields rule out in every place need not be there
+            entries = [e for e in entries if not meant[e] or any(map(targeted, meant[e]))]
+        must = [
+            e
+            for e in entries
+            if meant[e] or not known.modules or e.rpartition(".")[2] in _HEADS or field.endswith("indices")
+        ]
+        if must:
+            unmet[field] = tuple(must)
+        if rest := tuple(e for e in entries if e not in must):
+            slips[field] = rest
+    return unmet, slips

@@ -1,0 +1,163 @@
+"""Embeddings that lm_head shares: what becomes of them when an adapter changes one side, or both.
+
+A checkpoint with tied embeddings holds them once. A delta on one side is meant for that side (spec of the
+adapters, section 6), so `auto` writes an lm_head of its own and says so in the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
+from math import prod
+from typing import Any
+
+from pipeline.ground.deltas.delta import Delta
+from pipeline.ground.deltas.dora import Dora
+from pipeline.ground.deltas.lora import Lora
+from pipeline.ground.deltas.saved import Saved
+from pipeline.ground.deltas.tokens import TokenRows
+from pipeline.ground.errors import Refused
+from pipeline.ground.files import read_into
+from pipeline.ground.report import Finding
+from pipeline.ground.shards import Entry
+from pipeline.weight import Adapter, Checkpoint, Weight
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
+HEADS = ("lm_head", "embed_out")
+KEY = "tie_word_embeddings"
+
+
+class Tied(Enum):
+    """What to do when an adapter changes embeddings that lm_head shares."""
+
+    auto = "auto"
+    untie = "untie"
+    shared = "shared"
+    refuse = "refuse"
+
+
+def settle(base: Checkpoint[Weight], adapter: Adapter, policy: Tied) -> tuple[Checkpoint[Weight], Adapter]:
+    """Base and adapter such that each delta has a weight of its own, or is meant for the shared one."""
+    embeddings, head = _embeddings(base), _head(base)
+    if embeddings is None:
+        return base, adapter
+    layer = embeddings.name.split(".")[-2]
+    on_embeddings = [d for d in adapter.deltas if _last(d) == layer and d.parameter == "weight"]
+    on_head = [d for d in adapter.deltas if _last(d) in HEADS and d.parameter == "weight"]
+    if not on_embeddings and not on_head:
+        return base, adapter
+    if base.config.tied is False or (base.config.tied is None and head is not None):
+        return (base if base.config.tied is False else _says_untied(base)), adapter
+    if policy is Tied.refuse:
+        side = (on_embeddings or on_head)[0].module
+        raise Refused(
+            f"tied: the adapter changes {side}, but the base shares its embeddings with lm_head ({KEY}) and "
+            "tied=refuse; tied=untie writes both, tied=shared changes both"
+        )
+    if policy is Tied.auto and _meant_once(on_embeddings, on_head, adapter):
+        return base, _without(adapter, on_head)
+    if policy is Tied.shared:
+        module = on_embeddings[0].module if on_embeddings else embeddings.name.rpartition(".")[0]
+        moved = {id(d): replace(d, module=module) for d in on_head}
+        return base, replace(adapter, deltas=tuple(moved.get(id(d), d) for d in adapter.deltas))
+    return _untied(base, embeddings, head), adapter
+
+
+def _meant_once(on_embeddings: Sequence[Delta], on_head: Sequence[Delta], adapter: Adapter) -> bool:
+    """Whether what the adapter holds is one change of the shared tensor."""
+    ensured = bool(adapter.config.get("ensure_weight_tying"))
+    if on_head:
+        same = len(on_head) == len(on_embeddings) and all(
+            _is_copy(h, e) for h, e in zip(on_head, on_embeddings, strict=True)
+        )
+        if ensured and on_embeddings and not same:
+            raise Refused(
+                "tied: the adapter's ensure_weight_tying says that embeddings and lm_head are one, "
+                f"but what it holds for {on_head[0].module} differs from {on_embeddings[0].module}"
+            )
+        return same and (ensured or all(isinstance(d, Saved) for d in on_head))
+    saved = [d for d in on_embeddings if isinstance(d, Saved)]
+    resized = bool(saved) and not _is_module_to_save(saved[0], adapter)
+    return ensured or resized or all(isinstance(d, TokenRows) for d in on_embeddings)
+
+
+def _is_module_to_save(delta: Delta, adapter: Adapter) -> bool:
+    return any(delta.module.endswith(m) for m in adapter.config.get("modules_to_save") or [])
+
+
+def _is_copy(head: Delta, embeddings: Delta) -> bool:
+    if isinstance(head, Saved) and isinstance(embeddings, Saved):
+        return _same(head.entry, embeddings.entry, transposed=False)
+    if isinstance(head, Dora) and isinstance(embeddings, Dora):
+        head, embeddings = head.lora, embeddings.lora
+    if not isinstance(head, Lora) or not isinstance(embeddings, Lora):
+        return False
+    return (
+        head.scale == embeddings.scale
+        and _same(head.A, embeddings.B, transposed=True)
+        and _same(head.B, embeddings.A, transposed=True)
+    )
+
+
+def _same(one: Entry, other: Entry, transposed: bool) -> bool:
+    import numpy
+
+    def values(entry: Entry) -> Any:
+        buffer = bytearray(entry.extent.length)
+        with entry.extent.file.opened() as descriptor:
+            read_into(descriptor, entry.extent.offset, memoryview(buffer))
+        return numpy.frombuffer(buffer, f"u{len(buffer) // max(prod(entry.shape), 1)}").reshape(entry.shape)
+
+    if one.dtype != other.dtype:
+        return False
+    left, right = values(one), values(other)
+    return bool(numpy.array_equal(left, right.T if transposed else right))
+
+
+def _without(adapter: Adapter, deltas: Sequence[Delta]) -> Adapter:
+    if not deltas:
+        return adapter
+    text = f"{deltas[0].module} holds a copy of what the embeddings hold, which both share; it is used once"
+    kept = tuple(d for d in adapter.deltas if not any(d is other for other in deltas))
+    return replace(adapter, deltas=kept, findings=(*adapter.findings, Finding(text)))
+
+
+def _untied(base: Checkpoint[Weight], embeddings: Weight, head: Weight | None) -> Checkpoint[Weight]:
+    """The checkpoint with an lm_head of its own, which starts as the embeddings' very values."""
+    name = head.name if head else _head_name(embeddings)
+    own = replace(embeddings, name=name)
+    weights = [own if weight is head else weight for weight in base.weights]
+    text = f"the adapter changes embeddings that lm_head shares; {name} is written and {KEY} becomes false"
+    return replace(
+        _says_untied(base),
+        weights=tuple(weights if head else [*weights, own]),
+        findings=(*base.findings, Finding(text)),
+    )
+
+
+def _says_untied(base: Checkpoint[Weight]) -> Checkpoint[Weight]:
+    return replace(base, config_edits={**base.config_edits, KEY: False})
+
+
+def _embeddings(base: Checkpoint[Weight]) -> Weight | None:
+    """The one weight of token embeddings, if the names show it."""
+    for layer in EMBEDDINGS:
+        found = [w for w in base.weights if w.name.endswith(f"{layer}.weight") and len(w.shape) == 2]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _head(base: Checkpoint[Weight]) -> Weight | None:
+    return next((w for w in base.weights if w.name.split(".")[-2:] in [[h, "weight"] for h in HEADS]), None)
+
+
+def _head_name(embeddings: Weight) -> str:
+    """language_model.lm_head where the file's language model stands under that name, else lm_head."""
+    old_prefix = embeddings.name.startswith("language_model.model.")
+    return "language_model.lm_head.weight" if old_prefix else "lm_head.weight"
+
+
+def _last(delta: Delta) -> str:
+    return delta.module.rpartition(".")[2]
