@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.ground.deltas.delta import Delta
 from pipeline.ground.deltas.experts import Experts, settled
@@ -13,7 +13,7 @@ from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.module_names import Names, Site
 from pipeline.ground.names import nearest
-from pipeline.weight import Adapter, Checkpoint, FromAdapter, Placed, Weight
+from pipeline.weight import Adapter, Checkpoint, FromAdapter, Part, Placed, Weight
 
 # Models whose layers are Conv1D, which hold their weights as (in, out), and how those layers are called.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_sw3"})
@@ -32,34 +32,60 @@ class Bound:
 
 
 def bind(base: Checkpoint[Weight], adapter: Adapter, factor: float, renames: Mapping[str, str]) -> Bound:
-    """All deltas of the adapter, with their factor; Refused for what does not fit."""
+    """All deltas of all adapters, with their factors; Refused, with every reason, for what does not fit."""
     weights = {weight.name: weight for weight in base.weights}
     names = Names({weight.name: weight.shape for weight in base.weights}, renames)
-    bound, wrong = Bound(), []
+    together, wrong = Bound(), list(_unused_renames(adapter, renames))
+    for number, part in enumerate(adapter.parts):
+        bound = Bound()
+        for delta in part.deltas:
+            try:
+                _bind(base.config.model_type, weights, names, part, delta, bound)
+            except Refused as refusal:
+                wrong += refusal.sentences
+        for name, pieces in bound.placed.items():
+            own = [replace(piece, factor=factor * part.weight, part=number) for piece in pieces]
+            own = _saved_first(weights[name], own, bound)
+            others = together.placed[name]
+            if reason := _conflict(weights[name], [*others, *own], len(others)):
+                wrong.append(f"adapter: {reason}")
+            together.placed[name] = [*others, *own]
+        if twice := [n for n in bound.whole if n in together.placed and together.placed[n][0].part != number]:
+            wrong.append(
+                f"adapter: one holds {twice[0]} whole and another changes it, whose order would matter"
+            )
+        if both := bound.whole.keys() & together.whole.keys():
+            wrong.append(f"adapter: two hold {min(both)} whole; only one can take its place")
+        together.whole |= bound.whole
+        together.homeless += bound.homeless
+    if wrong:
+        raise Refused(*wrong)
+    return together
+
+
+def _unused_renames(adapter: Adapter, renames: Mapping[str, str]) -> Iterator[str]:
     modules = {delta.module for delta in adapter.deltas}
     for old in renames:
         if not any(module == old or module.startswith(f"{old}.") for module in modules):
-            wrong.append(f"names: no module of the adapter is '{old}' or begins with '{old}.'")
-    for delta in adapter.deltas:
-        try:
-            sites = _sites(names, delta)
-            if not sites:
-                bound.homeless.append(delta)
-            elif isinstance(delta, Saved) and (whole := _whole(weights[sites[0].weight], delta)):
-                bound.whole[whole.name] = whole
-            else:
-                for name, placed in _pieces(base, weights, delta, sites, factor, adapter):
-                    bound.placed[name].append(placed)
-        except Refused as refusal:
-            wrong += refusal.sentences
-    for name in list(bound.placed):
-        _save_first(weights[name], bound, factor)
-    for name, pieces in bound.placed.items():
-        if reason := _conflict(weights[name], pieces):
-            wrong.append(f"adapter: {reason}")
-    if wrong:
-        raise Refused(*wrong)
-    return bound
+            yield f"names: no module of the adapter is '{old}' or begins with '{old}.'"
+
+
+def _bind(
+    model_type: str | None,
+    weights: Mapping[str, Weight],
+    names: Names,
+    part: Part,
+    delta: Delta,
+    bound: Bound,
+) -> None:
+    sites = _sites(names, delta)
+    if not sites:
+        bound.homeless.append(delta)
+    elif isinstance(delta, Saved) and (whole := _whole(weights[sites[0].weight], delta)):
+        bound.whole[whole.name] = whole
+    else:
+        for name, piece in _pieces(model_type, weights, delta, sites, part):
+            bound.placed[name].append(piece)
 
 
 def unknown_modules(base: Checkpoint[Weight], homeless: Sequence[Delta]) -> str:
@@ -95,23 +121,21 @@ def _whole(weight: Weight, delta: Saved) -> FromAdapter | None:
     return None
 
 
-def _save_first(weight: Weight, bound: Bound, factor: float) -> None:
-    """A weight that is saved and trained besides: the saved one takes the base's place before the rest."""
-    placed = bound.placed[weight.name]
+def _saved_first(weight: Weight, placed: list[Placed], bound: Bound) -> list[Placed]:
+    """Where a weight is saved and trained besides, the saved one takes the base's place before the rest."""
     saved = [p.delta for p in placed if isinstance(p.delta, Saved)]
-    if len(saved) == 1 and len(placed) > 1 and factor == 1:
-        entry = saved[0].entry
-        bound.whole[weight.name] = FromAdapter(weight.name, weight.shape, weight.dtype, entry)
-        bound.placed[weight.name] = [p for p in placed if not isinstance(p.delta, Saved)]
+    if len(saved) != 1 or len(placed) == 1 or placed[0].factor != 1:
+        return placed
+    bound.whole[weight.name] = FromAdapter(weight.name, weight.shape, weight.dtype, saved[0].entry)
+    return [p for p in placed if not isinstance(p.delta, Saved)]
 
 
 def _pieces(
-    base: Checkpoint[Weight],
+    model_type: str | None,
     weights: Mapping[str, Weight],
     delta: Delta,
     sites: Sequence[Site],
-    factor: float,
-    adapter: Adapter,
+    part: Part,
 ) -> Iterator[tuple[str, Placed]]:
     """The places of one delta, which together take all of its rows."""
     for site in sites:
@@ -119,19 +143,19 @@ def _pieces(
             stored = weights[site.weight].dtype
             raise _misfit(delta, f"means {site.weight}, which is stored as {stored}; it cannot be decoded")
     if isinstance(delta, Experts):
-        known = settled(delta, base.config.model_type, adapter.config.get("peft_version"))
+        known = settled(delta, model_type, part.config.get("peft_version"))
         if isinstance(known, str):
             raise _misfit(delta, known)
         delta = known
     first = weights[sites[0].weight]
     if len(sites) > 1:
-        yield from _over_experts(weights, delta, sites, factor)
+        yield from _over_experts(weights, delta, sites)
     elif sites[0].matrix is not None and len(first.shape) == 3:
-        yield first.name, _into_experts(base, first, delta, sites[0], factor)
+        yield first.name, _into_experts(model_type, first, delta, sites[0])
     else:
-        fitted = _fitted(delta, first, base.config.model_type)
+        fitted = _fitted(delta, first, model_type)
         fold = max(first.num_rows // max(fitted.num_rows, 1), 1)
-        yield first.name, Placed(fitted, factor, (0, fitted.num_rows), fold=fold)
+        yield first.name, Placed(fitted, 1.0, (0, fitted.num_rows), fold=fold)
 
 
 def _fitted(delta: Delta, weight: Weight, model_type: str | None) -> Delta:
@@ -149,7 +173,7 @@ def _fitted(delta: Delta, weight: Weight, model_type: str | None) -> Delta:
 
 
 def _over_experts(
-    weights: Mapping[str, Weight], delta: Delta, sites: Sequence[Site], factor: float
+    weights: Mapping[str, Weight], delta: Delta, sites: Sequence[Site]
 ) -> Iterator[tuple[str, Placed]]:
     """A delta on stacked experts, whose rows lie in a weight for each expert (and for gate and up)."""
     rows, columns = weights[sites[0].weight].shape
@@ -164,52 +188,51 @@ def _over_experts(
     for site in sites:
         start = (site.matrix or 0) * height + site.part * rows
         taken += rows
-        yield site.weight, Placed(fitted, factor, (start, start + rows))
+        yield site.weight, Placed(fitted, 1.0, (start, start + rows))
     if taken != fitted.num_rows:
         raise _misfit(delta, f"has {fitted.num_rows} rows, but the base's experts take {taken}")
 
 
-def _into_experts(
-    base: Checkpoint[Weight], weight: Weight, delta: Delta, site: Site, factor: float
-) -> Placed:
+def _into_experts(model_type: str | None, weight: Weight, delta: Delta, site: Site) -> Placed:
     """A delta on one expert, which lies in a weight with all of them."""
     experts, height, width = weight.shape
     e, part, parts = site.matrix or 0, site.part, site.parts
     straight, turned = (height // parts, width), (width // parts, height)
     fits = delta.misfit(straight) is None and height % parts == 0
     fits_turned = delta.misfit(turned) is None and width % parts == 0
-    lies_turned = base.config.model_type in _TURNED_EXPERTS
+    lies_turned = model_type in _TURNED_EXPERTS
     if e >= experts or not (fits or fits_turned):
         raise _misfit(delta, f"{delta.misfit(straight)}, but {weight.name} is {list(weight.shape)}")
     if fits and not (fits_turned and lies_turned):
         start = e * height + part * straight[0]
-        return Placed(delta.on(straight), factor, (0, straight[0]), row=start)
-    if parts > 1 and base.config.model_type == "gpt_oss":
+        return Placed(delta.on(straight), 1.0, (0, straight[0]), row=start)
+    if parts > 1 and model_type == "gpt_oss":
         raise _misfit(delta, f"is one of {parts} that {weight.name} holds interleaved")
-    return Placed(delta.on(turned).turned(), factor, (0, height), row=e * height, column=part * turned[0])
+    return Placed(delta.on(turned).turned(), 1.0, (0, height), row=e * height, column=part * turned[0])
 
 
 def _misfit(delta: Delta, reason: str) -> Refused:
     return Refused(f"adapter: '{delta.module}' {reason}")
 
 
-def _conflict(weight: Weight, placed: Sequence[Placed]) -> str | None:
-    """Why these pieces cannot meet in one weight."""
-    for number, one in enumerate(placed):
+def _conflict(weight: Weight, placed: Sequence[Placed], first: int) -> str | None:
+    """Why those from number `first` on cannot meet the others in one weight."""
+    for number, one in enumerate(placed[first:], first):
         for other in placed[:number]:
-            if one.row >= other.stop or other.row >= one.stop or not _share_columns(one, other):
+            if not _overlap(one, other):
                 continue
-            if one.delta.module != other.delta.module and one.factor == other.factor:
+            if one.delta.module != other.delta.module and one.part == other.part:
                 return (
                     f"both '{other.delta.module}' and '{one.delta.module}' mean {weight.name}; check names="
                 )
             if one.delta.replaces or other.delta.replaces:
                 return (
-                    f"'{one.delta.module}' has {other.describe()} and {one.describe()}, whose order would "
+                    f"{weight.name} would get {other.describe()} and {one.describe()}, whose order would "
                     "change the result"
                 )
     return None
 
 
-def _share_columns(one: Placed, other: Placed) -> bool:
-    return one.column < other.column + other.width and other.column < one.column + one.width
+def _overlap(one: Placed, other: Placed) -> bool:
+    rows = one.row < other.stop and other.row < one.stop
+    return rows and one.column < other.column + other.width and other.column < one.column + one.width

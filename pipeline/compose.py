@@ -9,6 +9,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from enum import Enum
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,7 +21,7 @@ from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.names import nearest
 from pipeline.ground.units import parse_bytes
-from pipeline.stage import CHOICES, SLOTS, STAGES, Pipeline, Save, Stage
+from pipeline.stage import CHOICES, SLOTS, STAGES, Chosen, Pipeline, Save, Stage
 from pipeline.tying import Tied
 
 
@@ -37,8 +38,8 @@ class Root:
 
     base_model: str | None = None
     """folder, GGUF file, or hub id org/name[@revision]"""
-    adapter: str | None = None
-    """folder or hub id of a PEFT adapter"""
+    adapter: Any = None
+    """folder or hub id of a PEFT adapter; or a list of them, each a path or {path, weight}"""
     output: str | None = None
     """folder to create"""
     targeted_modules: Any = None
@@ -177,12 +178,29 @@ def _root_values(cfg: DictConfig, save: type[Stage]) -> dict[str, Any]:
     if missing:
         raise Refused(*missing)
     values = {key: cfg[key] for key in ROOT_KEYS}
+    values["adapter"] = _adapters(cfg.adapter)
     values["names"] = _renames(cfg.names)
     values["output"] = _output(cfg.output or ".")
     values["targeted_modules"] = _module_list("targeted_modules", cfg.targeted_modules)
     if cfg.memory_limit is not None:
         values["memory_limit"] = parse_bytes("memory_limit", cfg.memory_limit)
     return values
+
+
+def _adapters(value: Any) -> tuple[Chosen, ...]:
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return tuple(_adapter(item) for item in (value if isinstance(value, list) else [value]))
+
+
+def _adapter(item: Any) -> Chosen:
+    if isinstance(item, str) and item:
+        return Chosen(item)
+    if isinstance(item, dict) and set(item) <= {"path", "weight"} and isinstance(item.get("path"), str):
+        weight = item.get("weight", 1.0)
+        if isinstance(weight, int | float) and not isinstance(weight, bool) and isfinite(weight) and weight:
+            return Chosen(item["path"], float(weight))
+        raise Refused(f"adapter: weight {weight!r} of {item['path']} is not a finite number other than 0")
+    raise Refused(f"adapter: {item!r} is neither a path nor {{path: ..., weight: ...}}")
 
 
 def _output(value: str) -> Path:
@@ -229,8 +247,17 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
             found[str(key)] = {k: v for k, v in value.items() if v is not None}
         elif key in ("output", "report", "debug", "dry_run") or value in (None, {}, []):
             continue
+        elif key == "adapter" and isinstance(value, list):
+            found[str(key)] = [_published(item) for item in value]
         elif key in ("base_model", "adapter") and os.path.exists(os.path.expanduser(str(value))):  # noqa: PTH110, PTH111
             found[str(key)] = Path(str(value)).name
         else:
             found[str(key)] = value.value if isinstance(value, Enum) else value
     return found
+
+
+def _published(adapter: Any) -> Any:
+    """One of several adapters, without the path of this machine."""
+    path = str(adapter["path"] if isinstance(adapter, dict) else adapter)
+    name = Path(path).name if os.path.exists(os.path.expanduser(path)) else path  # noqa: PTH110, PTH111
+    return {**adapter, "path": name} if isinstance(adapter, dict) else name

@@ -11,7 +11,7 @@ from pipeline.ground import dtypes, tiles
 from pipeline.ground.manifest import published
 from pipeline.ground.report import Action, Plan, PlannedWeight
 from pipeline.ground.shards import SINGLE, Shard, Slot, lay_out
-from pipeline.weight import Adapter, Checkpoint, FromAdapter, Merged, ShardLayout, Weight
+from pipeline.weight import Adapter, Checkpoint, FromAdapter, Merged, Part, ShardLayout, Weight
 
 _LARGEST_SHARD = 50 * 10**9  # bytes, where neither base nor recipe says; what transformers 5 does
 
@@ -139,7 +139,7 @@ def describe(
     arithmetic = {w.arithmetic for w in merged.weights if isinstance(w, Merged)}
     told = {
         "base": published(merged.origin).name,
-        "adapter": published(adapter.origin).name,
+        "adapter": " + ".join(_name(part) for part in adapter.parts),
         "merge_dtype": ", ".join(sorted(dtypes.config_name(dtype) for dtype in arithmetic)),
         "weights": tuple(place.planned() for shard in shards for place in shard.places),
         "shards": {shard.name: shard.size for shard in shards},
@@ -147,6 +147,11 @@ def describe(
         "findings": (*merged.findings, *adapter.findings),
     }
     return Plan(**{**told, **more})
+
+
+def _name(part: Part) -> str:
+    name = published(part.origin).name
+    return name if part.weight == 1 else f"{part.weight:g} {name}"
 
 
 def tile_bytes(shards: Iterable[PlannedShard]) -> int:

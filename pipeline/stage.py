@@ -34,10 +34,18 @@ class Stage(ABC):  # noqa: B024  its slots say what calling means
         return
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """An adapter that the request names, and its share among several."""
+
+    path: str
+    weight: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Extract(Stage):
-    adapter: str
-    """folder or hub id of the adapter"""
+    adapter: tuple[Chosen, ...]
+    """folders or hub ids of adapters, with their weights"""
     targeted_modules: tuple[str, ...] | None = None
     """what the adapter may touch: names, globs or re:patterns"""
     rank: int | None = None

@@ -7,7 +7,7 @@ adapters, section 6), so `auto` writes an lm_head of its own and says so in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline.ground.errors import Refused
 from pipeline.ground.files import read_into
 from pipeline.ground.report import Finding
 from pipeline.ground.shards import Entry
-from pipeline.weight import Adapter, Checkpoint, Weight
+from pipeline.weight import Adapter, Checkpoint, Part, Weight
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 HEADS = ("lm_head", "embed_out")
@@ -40,33 +40,53 @@ class Tied(Enum):
 def settle(base: Checkpoint[Weight], adapter: Adapter, policy: Tied) -> tuple[Checkpoint[Weight], Adapter]:
     """Base and adapter such that each delta has a weight of its own, or is meant for the shared one."""
     embeddings, head = _embeddings(base), _head(base)
-    if embeddings is None:
+    sides = [_sides(part, embeddings) for part in adapter.parts if embeddings]
+    touching = [side for side in sides if side.on_embeddings or side.on_head]
+    if embeddings is None or not touching or base.config.tied is False:
         return base, adapter
-    layer = embeddings.name.split(".")[-2]
-    on_embeddings = [d for d in adapter.deltas if _last(d) == layer and d.parameter == "weight"]
-    on_head = [d for d in adapter.deltas if _last(d) in HEADS and d.parameter == "weight"]
-    if not on_embeddings and not on_head:
-        return base, adapter
-    if base.config.tied is False or (base.config.tied is None and head is not None):
-        return (base if base.config.tied is False else _says_untied(base)), adapter
+    if base.config.tied is None and head is not None:
+        return _says_untied(base), adapter
     if policy is Tied.refuse:
-        side = (on_embeddings or on_head)[0].module
         raise Refused(
-            f"tied: the adapter changes {side}, but the base shares its embeddings with lm_head ({KEY}) and "
-            "tied=refuse; tied=untie writes both, tied=shared changes both"
+            f"tied: the adapter changes {touching[0].first.module}, but the base shares its embeddings with "
+            f"lm_head ({KEY}) and tied=refuse; tied=untie writes both, tied=shared changes both"
         )
-    if policy is Tied.auto and _meant_once(on_embeddings, on_head, adapter):
-        return base, _without(adapter, on_head)
     if policy is Tied.shared:
-        module = on_embeddings[0].module if on_embeddings else embeddings.name.rpartition(".")[0]
-        moved = {id(d): replace(d, module=module) for d in on_head}
-        return base, replace(adapter, deltas=tuple(moved.get(id(d), d) for d in adapter.deltas))
+        return base, _moved_to(embeddings, adapter, touching)
+    once = [policy is Tied.auto and _meant_once(embeddings, side) for side in touching]
+    if all(once):
+        return base, _without_copies(adapter, touching)
+    if any(once):
+        raise Refused(
+            "tied: one adapter trained embeddings and lm_head as one, another only one of them; merge them "
+            "one after the other, or set tied=untie or tied=shared"
+        )
     return _untied(base, embeddings, head), adapter
 
 
-def _meant_once(on_embeddings: Sequence[Delta], on_head: Sequence[Delta], adapter: Adapter) -> bool:
+@dataclass(frozen=True)
+class _Sides:
+    """What one adapter holds for each side of the shared tensor."""
+
+    part: Part
+    on_embeddings: list[Delta]
+    on_head: list[Delta]
+
+    @property
+    def first(self) -> Delta:
+        return (self.on_embeddings or self.on_head)[0]
+
+
+def _sides(part: Part, embeddings: Weight) -> _Sides:
+    layer = embeddings.name.split(".")[-2]
+    weights = [delta for delta in part.deltas if delta.parameter == "weight"]
+    return _Sides(part, [d for d in weights if _last(d) == layer], [d for d in weights if _last(d) in HEADS])
+
+
+def _meant_once(shared: Weight, side: _Sides) -> bool:
     """Whether what the adapter holds is one change of the shared tensor."""
-    ensured = bool(adapter.config.get("ensure_weight_tying"))
+    on_embeddings, on_head = side.on_embeddings, side.on_head
+    ensured = bool(side.part.config.get("ensure_weight_tying"))
     if on_head:
         same = len(on_head) == len(on_embeddings) and all(
             _is_copy(h, e) for h, e in zip(on_head, on_embeddings, strict=True)
@@ -74,16 +94,17 @@ def _meant_once(on_embeddings: Sequence[Delta], on_head: Sequence[Delta], adapte
         if ensured and on_embeddings and not same:
             raise Refused(
                 "tied: the adapter's ensure_weight_tying says that embeddings and lm_head are one, "
-                f"but what it holds for {on_head[0].module} differs from {on_embeddings[0].module}"
+                f"but what it holds for {on_head[0].module} differs from {on_embeddings[0].module}; "
+                "tied=untie merges each with its own"
             )
         return same and (ensured or all(isinstance(d, Saved) for d in on_head))
     saved = [d for d in on_embeddings if isinstance(d, Saved)]
-    resized = bool(saved) and not _is_module_to_save(saved[0], adapter)
+    resized = bool(saved) and saved[0].shape != shared.shape and not _is_module_to_save(saved[0], side.part)
     return ensured or resized or all(isinstance(d, TokenRows) for d in on_embeddings)
 
 
-def _is_module_to_save(delta: Delta, adapter: Adapter) -> bool:
-    return any(delta.module.endswith(m) for m in adapter.config.get("modules_to_save") or [])
+def _is_module_to_save(delta: Delta, part: Part) -> bool:
+    return any(delta.module.endswith(m) for m in part.config.get("modules_to_save") or [])
 
 
 def _is_copy(head: Delta, embeddings: Delta) -> bool:
@@ -115,12 +136,25 @@ def _same(one: Entry, other: Entry, transposed: bool) -> bool:
     return bool(numpy.array_equal(left, right.T if transposed else right))
 
 
-def _without(adapter: Adapter, deltas: Sequence[Delta]) -> Adapter:
-    if not deltas:
+def _moved_to(embeddings: Weight, adapter: Adapter, sides: Sequence[_Sides]) -> Adapter:
+    """The adapter whose deltas on lm_head go into the shared tensor."""
+    module = embeddings.name.removesuffix(".weight")
+    heads = {id(delta) for side in sides for delta in side.on_head}
+
+    def moved(delta: Delta) -> Delta:
+        return replace(delta, module=module) if id(delta) in heads else delta
+
+    return Adapter(tuple(replace(p, deltas=tuple(map(moved, p.deltas))) for p in adapter.parts))
+
+
+def _without_copies(adapter: Adapter, sides: Sequence[_Sides]) -> Adapter:
+    heads = [delta for side in sides for delta in side.on_head]
+    if not heads:
         return adapter
-    text = f"{deltas[0].module} holds a copy of what the embeddings hold, which both share; it is used once"
-    kept = tuple(d for d in adapter.deltas if not any(d is other for other in deltas))
-    return replace(adapter, deltas=kept, findings=(*adapter.findings, Finding(text)))
+    found = Finding(f"{heads[0].module} holds a copy of what the embeddings hold; it is used once, for both")
+    copies = {id(delta) for delta in heads}
+    parts = [replace(p, deltas=tuple(d for d in p.deltas if id(d) not in copies)) for p in adapter.parts]
+    return Adapter((replace(parts[0], findings=(*parts[0].findings, found)), *parts[1:]))
 
 
 def _untied(base: Checkpoint[Weight], embeddings: Weight, head: Weight | None) -> Checkpoint[Weight]:

@@ -185,6 +185,7 @@ class Placed:
     row: int = 0
     column: int = 0
     fold: int = 1
+    part: int = 0  # which of the adapters it is of
 
     @property
     def stop(self) -> int:
@@ -335,15 +336,35 @@ class Checkpoint(Generic[W]):
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """Deltas with the adapter's own module names; nothing is bound to a base yet."""
+class Part:
+    """One adapter as its folder holds it: deltas with its own module names, bound to no base yet."""
 
     deltas: tuple[Delta, ...]
     config: Mapping[str, Any]
     origin: Source
     files: tuple[File, ...]
+    weight: float = 1.0  # its share among several
     side_files: tuple[SideFile, ...] = ()
     findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is merged: one adapter, or several with a weight each."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
+        return tuple(delta for part in self.parts for delta in part.deltas)
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return tuple(file for part in self.parts for file in part.files)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        return tuple(finding for part in self.parts for finding in part.findings)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ stage.load_stages()
 
 def pipeline(
     base: Path,
-    adapter: Path,
+    adapter: Path | dict[Path, float],
     output: Path,
     *,
     save: str = "merged",
@@ -35,7 +35,7 @@ def pipeline(
     load = "gguf" if base.suffix == ".gguf" else "safetensors"
     own = {"dtype": SaveDtype[dtype]} if save in ("merged", "both", "none") else {}
     return stage.Pipeline(
-        extract=stages["extract"]["peft"](adapter=str(adapter), **(expect or {})),
+        extract=stages["extract"]["peft"](adapter=chosen(adapter), **(expect or {})),
         load=stages["load"][load](base_model=str(base)),
         dequantize=stages["dequantize"]["auto"](),
         merge=stages["merge"]["exact"](merge_dtype=FloatDtype[merge_dtype], weight=weight, names=names or {}),
@@ -44,7 +44,13 @@ def pipeline(
     )
 
 
-def merge(base: Path, adapter: Path, output: Path, **settings: Any) -> Report:
+def chosen(adapter: Path | dict[Path, float]) -> tuple[stage.Chosen, ...]:
+    """One adapter, or several with their weights, as the request names them."""
+    several = adapter if isinstance(adapter, dict) else {adapter: 1.0}
+    return tuple(stage.Chosen(str(path), weight) for path, weight in several.items())
+
+
+def merge(base: Path, adapter: Path | dict[Path, float], output: Path, **settings: Any) -> Report:
     """Runs and publishes."""
     report = fulfil(Request(pipeline(base, adapter, output, **settings), {}))
     assert report is not None

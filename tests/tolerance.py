@@ -10,6 +10,9 @@ from pipeline.ground.rounding import ulp
 # over the rank (well under 2^-22 for ranks up to some hundreds, accumulated in float32) and the sum.
 FLOAT32_SLACK = 2.0**-21
 
+# The same in float64, whose last place is 2^-29 of float32's.
+FLOAT64_SLACK = 2.0**-50
+
 # Relative error of a sum that torch takes in float32 over up to a million elements of one sign (norms).
 FLOAT32_SUM = 1e-4
 

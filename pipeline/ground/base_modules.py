@@ -31,16 +31,22 @@ class Module:
     canonical: str
     kind: str
     """the canonical name with * for every number: the same in all layers"""
-    is_matrix: bool
-    """whether the parameter is a weight of two dimensions or more, as LoRA wants"""
+    dims: int
+    """of the parameter, if it is a weight; 0 of a bias, and of a bare parameter"""
 
     @property
-    def is_loose(self) -> bool:
-        """Whether it stands outside of all layers."""
-        return not stack(self.canonical)
+    def stack(self) -> str:
+        """The layers it is one of, by their canonical name; '' outside of them."""
+        return stack(self.canonical)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether LoRA could be on it."""
+        return self.dims >= 2
 
     @property
     def layer(self) -> int:
+        """Which layer of its stack."""
         return int(_numbers(self.canonical)[0])
 
 
@@ -51,11 +57,11 @@ class BaseModules:
     modules: tuple[Module, ...]
     """loose ones, and those of the stacks of layers in which the adapter has something"""
     apart: Mapping[str, tuple[str, ...]]
-    """all other modules with a matrix by their stack, as the checkpoint spells them"""
+    """all others that LoRA could be on, by their stack, as the checkpoint spells them"""
     own: Mapping[str, str]
     """the adapter's modules by their canonical names"""
     kinds: frozenset[str] = field(init=False)
-    """of the adapter's modules"""
+    """that the adapter has modules of"""
     strange: frozenset[str] = field(init=False)
     """stacks, canonical, in which the adapter has modules that the files do not have under any spelling"""
 
@@ -97,7 +103,7 @@ def base_modules(
         where, path = _canonical(weight), weight.rpartition(".")[0]
         if _layer(weight) in ahead or _is_beyond(where, num_layers):
             continue
-        is_matrix = dims >= 2 and weight.endswith((".weight", ".in_proj_weight"))
+        dims = dims if weight.endswith((".weight", ".in_proj_weight")) else 0
         if where in own:
             name = own[where]
         elif (kind := _kind(where)) in spelling:
@@ -105,10 +111,10 @@ def base_modules(
         elif not stack(where) or stack(where) in stacks:
             name = stacks.get(stack(where), "") + path[len(stack(path)) :] if stack(where) else path
         else:
-            if is_matrix:
+            if dims >= 2:
                 apart.setdefault(stack(path), []).append(path)
             continue
-        modules.append(Module(weight, name, where, _kind(where), is_matrix))
+        modules.append(Module(weight, name, where, _kind(where), dims))
     return BaseModules(tuple(modules), {tower: tuple(names) for tower, names in apart.items()}, own)
 
 

@@ -11,10 +11,12 @@ from functools import lru_cache
 
 # Around the layers, these say how deep the class nests them, not which ones they are.
 _WRAPPERS = frozenset({"model", "language_model"})
-# base_model_prefix of encoders and older decoders: their bare model's files lack it.
-_BARE_PREFIXES = frozenset(
-    {"albert", "backbone", "bert", "deberta", "distilbert", "electra", "gpt_neox", "mpnet", "roberta", "transformer"}
-)  # fmt: skip
+# base_model_prefix of encoders and older decoders: the files of a model without its head lack it.
+BARE_PREFIXES = frozenset(
+    {"albert", "backbone", "beit", "bert", "convbert", "deberta", "deit", "dinov2", "distilbert", "electra"}
+    | {"esm", "gpt_neox", "hubert", "layoutlm", "longformer", "mpnet", "roberta", "swin", "transformer"}
+    | {"vit", "wav2vec2", "wavlm"}
+)
 
 _N = "\0"  # stands for a number between dots; no readable name holds it
 NUMBER = r"(?:0|[1-9][0-9]{0,5})"
@@ -27,12 +29,12 @@ _SPELLINGS = tuple(
         r"^embed_out\.": "lm_head.",  # GPT-NeoX
         r"(^|\.)LayerNorm\.gamma$": r"\1LayerNorm.weight",  # BERT files made from TensorFlow
         r"(^|\.)LayerNorm\.beta$": r"\1LayerNorm.bias",
-        r"_tower\.vision_model\.": "_tower.",  # CLIP and SigLIP within a VLM
-        # ViT, DeiT, BEiT, DINOv2
+        r"(_tower|vision_model)\.vision_model\.": r"\1.",  # CLIP and SigLIP within a VLM
+        # ViT, DeiT, BEiT, DINOv2, Swin
         r"(^|\.)encoder\.layer\.N\.": r"\1layers.N.",
-        r"\.attention\.attention\.query\.": ".attention.q_proj.",
-        r"\.attention\.attention\.key\.": ".attention.k_proj.",
-        r"\.attention\.attention\.value\.": ".attention.v_proj.",
+        r"\.attention\.(attention|self)\.query\.": ".attention.q_proj.",
+        r"\.attention\.(attention|self)\.key\.": ".attention.k_proj.",
+        r"\.attention\.(attention|self)\.value\.": ".attention.v_proj.",
         r"\.attention\.output\.dense\.": ".attention.o_proj.",
         r"\.N\.intermediate\.dense\.": ".N.mlp.fc1.",
         r"\.N\.output\.dense\.": ".N.mlp.fc2.",
@@ -62,7 +64,7 @@ def canonical(name: str) -> str:
 
 
 def stack(name: str) -> str:
-    """What stands before the first number: `model.layers` of `model.layers.0.mlp.gate.weight`; else ''."""
+    """What stands before the first number, `model.layers` of `model.layers.0.mlp.gate.weight`, or ''."""
     return name[: found.start() - 1] if (found := _NUMBERS.search(name)) and found.start() else ""
 
 
@@ -71,8 +73,6 @@ def _spelled(template: str) -> str:
     *path, parameter = template.split(".")
     depth = path.index(_N) if _N in path else len(path)
     around = [part for part in path[:depth] if part not in _WRAPPERS]
-    if around and around[0] in _BARE_PREFIXES:
-        del around[0]
     spelled = ".".join([*around, *path[depth:], parameter])
     for pattern, spelling in _SPELLINGS:
         spelled = pattern.sub(spelling, spelled)

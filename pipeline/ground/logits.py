@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Models:
     """What is compared: folders of adapter and merged model, and how to get the base in float32."""
 
     merged: Path
-    adapter: Path
+    adapters: Sequence[tuple[Path, float]]  # with the factors that they were merged with
     base: Callable[[type], Any]  # the model class to a model
 
 
@@ -52,9 +52,7 @@ class Outcome:
     assumed: list[str]
 
 
-def compare(
-    models: Models, text: str, num_tokens: int, prompt: str | None, factor: float, device: str
-) -> Outcome:
+def compare(models: Models, text: str, num_tokens: int, prompt: str | None, device: str) -> Outcome:
     """Runs base, base + adapter and merged model on the same tokens."""
     import torch
 
@@ -64,7 +62,7 @@ def compare(
         tokens = _tokens(tokenizer, text, config, num_tokens, assumed)
         try:
             with working("comparing logits: base and adapter"):
-                adapted = _adapted(models, cls, factor, device)
+                adapted = _adapted(models, cls, device)
                 with_adapter, second = _outputs(adapted, tokens), _answer(adapted, tokenizer, prompt)
                 with adapted.disable_adapter():
                     without, first = _outputs(adapted, tokens), _answer(adapted, tokenizer, prompt)
@@ -146,27 +144,42 @@ def _tokens(tokenizer: Any, text: str, config: Any, count: int, assumed: list[st
         if len(ids) and int(ids.max()) < size:
             if len(ids) < count:
                 assumed.append(f"logits were compared on {len(ids)} tokens, all that the text has")
-            length = min(SEQUENCE, len(ids))
+            length = min(_longest(config), len(ids))
             return ids[: len(ids) // length * length].view(-1, length)
     assumed.append("logits were compared on random tokens, because the model has no tokenizer that loads")
     random = torch.Generator().manual_seed(0)
-    return torch.randint(size, (max(count // SEQUENCE, 1), min(SEQUENCE, count)), generator=random)
+    length = min(_longest(config), count)
+    return torch.randint(size, (max(count // length, 1), length), generator=random)
 
 
-def _adapted(models: Models, cls: type, factor: float, device: str) -> Any:
+def _longest(config: Any) -> int:
+    """Tokens of a sequence: SEQUENCE, or fewer where the model has no more positions."""
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or SEQUENCE
+    return min(SEQUENCE, max(int(most) - 2, 1))  # RoBERTa's positions begin at 2
+
+
+def _adapted(models: Models, cls: type, device: str) -> Any:
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(models.base(cls), str(models.adapter)).eval()
-    loaded = model.load_adapter(
-        str(models.adapter), model.active_adapter
-    )  # again, for what it could not place
-    if lost := [*loaded.missing_keys, *loaded.unexpected_keys]:
-        raise CannotCompare(f"PEFT itself does not take {len(lost)} tensors of this adapter, as {lost[0]}")
-    if factor != 1:
+    model = None
+    for number, (folder, factor) in enumerate(models.adapters):
+        name = f"adapter{number}"
+        if model is None:
+            model = PeftModel.from_pretrained(models.base(cls), str(folder), adapter_name=name)
+        loaded = model.load_adapter(str(folder), name)  # the first once more, for what it could not place
+        if lost := [*loaded.missing_keys, *loaded.unexpected_keys]:
+            raise CannotCompare(
+                f"PEFT itself does not take {len(lost)} tensors of this adapter, as {lost[0]}"
+            )
         for module in model.modules():
-            if isinstance(scaling := getattr(module, "scaling", None), dict):
-                scaling.update({name: value * factor for name, value in scaling.items()})
-    return model.to(device)
+            scaling = getattr(module, "scaling", None)
+            if factor != 1 and isinstance(scaling, dict) and name in scaling:
+                scaling[name] *= factor
+    assert model is not None
+    if len(models.adapters) > 1:
+        model.base_model.set_adapter([f"adapter{number}" for number in range(len(models.adapters))])
+    return model.eval().to(device)
 
 
 def _outputs(model: Any, tokens: Tensor) -> Tensor:

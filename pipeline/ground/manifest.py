@@ -44,8 +44,8 @@ class Contents:
     config: str
     side_files: Mapping[str, str]  # name: whose it is
     base: Origin
-    adapter: Origin
-    adapter_config: Mapping[str, Any]
+    adapters: Sequence[tuple[Origin, float]]  # with their weights
+    trained_on: Any  # what the adapter says of its base
     inputs: Sequence[Digest]
     shards: Mapping[str, Sequence[str]]
     digests: Sequence[Digest]
@@ -71,7 +71,7 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
         "tool": {"lora-pipeline": own_version()},
         "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
         "base": asdict(contents.base),
-        "adapter": asdict(contents.adapter),
+        "adapters": [{**asdict(origin), "weight": weight} for origin, weight in contents.adapters],
         "inputs": [asdict(digest) for digest in contents.inputs],
         "outputs": [asdict(digest) for digest in (*contents.digests, *hashed)],
         "side_files": dict(contents.side_files),
@@ -106,7 +106,7 @@ def _kept(facts: Statistics | None) -> dict[str, Any]:
 def model_card(contents: Contents) -> str:
     """README.md with the Hub's metadata: what was merged into what, and how it was rounded."""
     plan = contents.plan
-    base_model = contents.base.repo or contents.adapter_config.get("base_model_name_or_path")
+    base_model = contents.base.repo or contents.trained_on
     hub_id = base_model if isinstance(base_model, str) and is_hub_id(base_model) else None
     metadata = [
         *([f"base_model: {hub_id}"] if hub_id else []),
@@ -118,14 +118,15 @@ def model_card(contents: Contents) -> str:
     ]
     merged = [w for w in plan.weights if w.deltas]
     kinds = sorted({delta for w in merged for delta in w.deltas})
+    adapters = " + ".join(f"`{origin.repo or origin.name}`" for origin, _ in contents.adapters)
     lines = [
         "---",
         *metadata,
         "---",
         "",
-        f"# {contents.adapter.name} merged into {contents.base.name}",
+        f"# {plan.adapter} merged into {contents.base.name}",
         "",
-        f"The LoRA adapter `{contents.adapter.repo or contents.adapter.name}` added to the weights of",
+        f"The adapter {adapters} merged into the weights of",
         f"`{contents.base.repo or contents.base.name}`: {len(merged)} of {len(plan.weights)} weights changed "
         f"({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}),",
         f"computed in {plan.merge_dtype}, rounded once to {plan.dtype}.",

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipeline.ground.canonical_names import NUMBER, canonical, stack
+from pipeline.ground.canonical_names import BARE_PREFIXES, NUMBER, canonical, stack
 from pipeline.ground.errors import Refused
 from pipeline.ground.names import renamed
 
@@ -49,14 +49,14 @@ class _Tensors:
         """The canonical name of all experts' as one tensor, with the experts along its first axis."""
         return f"{self.container}.{self.projection}" + ("_bias" if self.kind == "bias" else "")
 
-    def of(self, projection: str, kind: str | None = None) -> _Tensors:
-        return _Tensors(self.container, projection, kind or self.kind)
+    def of(self, projection: str, kind: str = "weight") -> _Tensors:
+        return _Tensors(self.container, projection, kind)
 
 
 class Names:
     """The weights of a checkpoint, found by the names that adapters have for them."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str] = {}) -> None:  # noqa: B006
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], renames: Mapping[str, str] = {}) -> None:
         """All weights of the checkpoint; `renames` {from: to} changes leading components of modules first."""
         self._shapes = shapes
         self._renames = renames
@@ -71,16 +71,41 @@ class Names:
         if asked in self._shapes:
             return (Site(asked),)
         wanted = canonical(asked)
-        answers = [(Site(name),) for name in self._by_canonical.get(wanted, ())]
-        if one := _EXPERT.fullmatch(wanted):
-            answers += self._within_fused(_Tensors(one[1], one[3], one[4]), int(one[2]), asked)
-        elif all_ := _EXPERTS.fullmatch(wanted):
-            answers += self._over_experts(_Tensors(all_[1], all_[2], "bias" if all_[3] else "weight"), asked)
+        answers = list(self._answers(wanted, asked)) or [
+            sites for name in self._other_depths(wanted) for sites in self._answers(name, asked)
+        ]
         if len(answers) > 1:
             raise _unclear(asked, (sites[0].weight for sites in answers))
-        if answers and len(stacks := self._stacks[stack(wanted)]) > 1 and stack(wanted):
-            raise _unclear(asked, (f"something under {name}" for name in stacks))
-        return answers[0] if answers else ()
+        if not answers:
+            return ()
+        found_in = stack(canonical(answers[0][0].weight))
+        if found_in and len(stacks := self._stacks[found_in]) > 1:
+            raise _unclear(asked, (f"a module of {name}" for name in stacks))
+        return answers[0]
+
+    def _answers(self, wanted: str, asked: str) -> Iterator[tuple[Site, ...]]:
+        """What answers this canonical name; each answer alone would do."""
+        for name in self._by_canonical.get(wanted, ()):
+            yield (Site(name),)
+        if one := _EXPERT.fullmatch(wanted):
+            yield from self._within_fused(_Tensors(one[1], one[3], one[4]), int(one[2]), asked)
+        elif all_ := _EXPERTS.fullmatch(wanted):
+            kind = "bias" if all_[3] else "weight"
+            yield from self._over_experts(_Tensors(all_[1], all_[2], kind), asked)
+
+    def _other_depths(self, wanted: str) -> Iterator[str]:
+        """The name with or without the prefix of a base model, unless the checkpoint knows it as it is.
+
+        One prefix never stands for another: bert. and roberta. hold the same modules, and other weights.
+        """
+        if (layers := stack(wanted)) and layers in self._stacks:
+            return
+        first, _, rest = wanted.partition(".")
+        if first in BARE_PREFIXES:
+            yield rest
+        else:
+            for prefix in self._prefixes:
+                yield f"{prefix}.{wanted}"
 
     def _within_fused(self, tensors: _Tensors, expert: int, asked: str) -> Iterator[tuple[Site, ...]]:
         """The fused tensors that hold this expert's projection."""
@@ -115,9 +140,9 @@ class Names:
         for expert in range(1 + max(max(names) for names in held if names)):
             for part, names in enumerate(held):
                 if expert not in names:
-                    sample = next(names[0] for one in held for names in one.values())
+                    sample = next(given[0] for names in held for given in names.values())
                     raise Refused(
-                        f"adapter: '{asked}' means every expert beside {sample}, but the checkpoint lacks "
+                        f"adapter: '{asked}' means all experts beside {sample}, but the base lacks "
                         f"{parts[part].projection} of expert {expert}"
                     )
                 if len(names[expert]) > 1:
@@ -130,8 +155,9 @@ class Names:
         pair, gate = tensors.of("gate_up_proj", "bias"), tensors.of("gate_proj", "bias")
         if pair.fused in self._by_canonical or pair in self._experts or gate in self._experts:
             raise Refused(
-                f"adapter: '{asked}' and the checkpoint keep gate and up of the experts apart and together, "
-                "and experts with biases do not show in which order; convert one to the other's layout"
+                f"adapter: '{asked}' and the base differ in whether gate and up are one weight, and names do "
+                "not show how the two lie in it where experts have biases; convert the adapter to the base's "
+                "layout"
             )
 
     @cached_property
@@ -149,6 +175,10 @@ class Names:
             if match := _EXPERT.fullmatch(name):
                 found[_Tensors(match[1], match[3], match[4])][int(match[2])] = given
         return dict(found)
+
+    @cached_property
+    def _prefixes(self) -> frozenset[str]:
+        return BARE_PREFIXES & {name.partition(".")[0] for name in self._by_canonical}
 
     @cached_property
     def _stacks(self) -> Mapping[str, set[str]]:

@@ -122,13 +122,18 @@ def write_side_files(folder: Path, files: Sequence[SideFile]) -> dict[str, str]:
     return {name: file.origin for file in files for name in file.write(folder)}
 
 
+def brings_tokenizer(files: Sequence[SideFile]) -> bool:
+    """Whether a whole tokenizer is among them."""
+    return any(getattr(f, "name", "") in {"tokenizer.json", "tokenizer.model"} for f in files)
+
+
 def chosen(base: Sequence[SideFile], adapter: Sequence[SideFile]) -> list[SideFile]:
     """The base's files, with the adapter's tokenizer and template instead where it brings its own.
 
     The tokenizer is one set: the adapter's if it holds tokenizer.json or tokenizer.model. The template
     is the adapter's if it has one, in a file or in the tokenizer's config.
     """
-    brings = any(getattr(f, "name", "") in {"tokenizer.json", "tokenizer.model"} for f in adapter)
+    brings = brings_tokenizer(adapter)
     tokenizer = [f for f in (adapter if brings else base) if f.group is Group.tokenizer]
     own_template = [f for f in adapter if f.group is Group.template] if brings else []
     if own_template or (brings and any(f.has_template for f in tokenizer)):

@@ -8,7 +8,7 @@ no more than a finding.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,18 +23,17 @@ from pipeline.ground.base_modules import (
     suffixes,
 )
 from pipeline.ground.errors import Refused
-from pipeline.ground.target_rules import Test, excluding, is_all_linear, saving, targeting, wrong_fields
+from pipeline.ground.target_entries import meant_by, unanswered
+from pipeline.ground.target_rules import Test, is_all_linear, saving, targeting, wrong_fields
 
 CONFIG = "adapter_config.json"
 # A base's files may lack these though a model in memory has them: tied to the embeddings, or made anew.
 _HEADS = frozenset(["classifier", "embed_out", "lm_head", "output", "qa_outputs", "score"])
-# PEFT adds all of a task's names to modules_to_save; a model has one of them.
-_TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 # Tasks whose model has the embeddings and the head that a pattern may mean; None where it is not said.
 _GENERATING = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 _ENDS = ("embed_tokens", "lm_head")
 _ROUTER = re.compile(r"(.*\.)?([^.]*router[^.]*|[^.]*_gate|gate|wg)(\.[^.]*)?")
-_LINEAR = re.compile(r"(.*\.)?([^.]*proj[^.]*|(fc|dense|linear|query|key|value|c_)[^.]*|qkv|w[1-3])")
+_LINEAR = re.compile(r"[^.]*proj[^.]*|(fc|dense|linear|query|key|value|c_)[^.]*|qkv|w[1-3]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def unkept(
     file_modules: Collection[str],
     base: Mapping[str, tuple[int, ...]],
     num_layers: int | None = None,
-    renames: Mapping[str, str] = {},  # noqa: B006
+    renames: Mapping[str, str] = {},
 ) -> tuple[list[str], list[str]]:
     """(refusals, findings): a sentence each on what the config promises and the file lacks.
 
@@ -87,8 +86,7 @@ def unkept(
         return [f"{CONFIG}: {sentence}" for sentence in wrong], []
     found = promise(config, file_modules, base, num_layers, renames)
     refusals = [
-        f"has nothing for {_sized(entries, base) if field == 'modules_to_save' else _quoted(entries)}, "
-        f"which {CONFIG} lists in {field}"
+        f"has nothing for {_quoted(entries)}, which {CONFIG} lists in {field}{_size(field, entries, base)}"
         for field, entries in found.unmet.items()
     ]
     if found.lost:
@@ -109,27 +107,43 @@ def _findings(found: Promise) -> Iterator[str]:
         yield f"has nothing for {_some(found.shared)}, as models have it that share keys between layers"
 
 
+def _quoted(entries: Sequence[str]) -> str:
+    more = f" and {len(entries) - 4} more" if len(entries) > 4 else ""
+    return ", ".join(f"'{entry}'" for entry in entries[:4]) + more
+
+
+def _some(modules: Sequence[str]) -> str:
+    return f"'{modules[0]}'" + (f" and {len(modules) - 1:,} more modules" if len(modules) > 1 else "")
+
+
+def _size(field: str, entries: Sequence[str], base: Mapping[str, tuple[int, ...]]) -> str:
+    """How many parameters were saved whole and are gone, as far as the base tells."""
+    saved = saving({field: list(entries)})
+    total = sum(prod(shape) for name, shape in base.items() if saved(name.rpartition(".")[0]))
+    return f": {total:,} trained parameters" if total else ""
+
+
 def promise(
     config: Mapping[str, Any],
     file_modules: Collection[str],
     base: Mapping[str, tuple[int, ...]],
     num_layers: int | None = None,
-    renames: Mapping[str, str] = {},  # noqa: B006
+    renames: Mapping[str, str] = {},
 ) -> Promise:
     """What the config promises of this base, sorted by what the file has of it; arguments as of `unkept`."""
     held = {plain(module) for module in file_modules}
     known = base_modules(held, ((name, len(shape)) for name, shape in base.items()), num_layers, renames)
     targeted, saved = targeting(config), saving(config)
-    unmet, slips = _entries(config, held, known, targeted)
+    unmet, slips = _unmet_and_slips(config, held, known, targeted)
     trained = {m.name: m for m in known.modules if m.is_matrix and _is_meant(m, config, known, targeted)}
-    told = unmet.get("target_modules", ())
-    missing = [m for m in trained.values() if m.name not in held and not _answers(m, told)]
+    told = set(unmet.get("target_modules", ()))
+    missing = [m for m in trained.values() if m.name not in held and told.isdisjoint(suffixes(m.name))]
     unsure = {m.name for m in missing if m.kind not in known.kinds and _is_unsure(m, config, known)}
     shared = _shared_keys([m for m in missing if m.name not in unsure], trained.values(), held)
     lost = {m.name for m in missing} - unsure - shared
     lost |= {m.name for m in known.modules if m.kind in known.kinds and saved(m.name)} - held
     if config.get("target_parameters"):
-        lost |= known.lacking({m for m in held if not targeted(m) and not saved(m)})
+        lost.update(known.lacking({m for m in held if not targeted(m) and not saved(m)}))
     return Promise(
         {name: m.weight for name, m in trained.items() if name not in unsure | shared},
         unmet,
@@ -141,10 +155,32 @@ def promise(
     )
 
 
+def _unmet_and_slips(
+    config: Mapping[str, Any], held: Collection[str], known: BaseModules, targeted: Test
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """Entries that the file does not answer though a module must be there, and those that name nothing."""
+    modules = {m.name for m in known.modules} | {name for names in known.apart.values() for name in names}
+    unmet: dict[str, tuple[str, ...]] = {}
+    slips: dict[str, tuple[str, ...]] = {}
+    for field, entries in unanswered(config, held).items():
+        meant = {entry: meant_by(entry, field, modules) for entry in entries}
+        if field == "target_modules":  # an entry that other fields rule out everywhere need not be there
+            meant = {entry: names for entry, names in meant.items() if not names or any(map(targeted, names))}
+        certain = not modules or field == "trainable_token_indices"
+        must = [e for e, names in meant.items() if names or certain or e.rpartition(".")[2] in _HEADS]
+        none = [e for e in meant if e not in must]
+        if must:
+            unmet[field] = tuple(must)
+        if none:
+            slips[field] = tuple(none)
+    return unmet, slips
+
+
 def _is_meant(module: Module, config: Mapping[str, Any], known: BaseModules, targeted: Test) -> bool:
     if config.get("target_modules") is None:  # by PEFT's table, which the file shows well enough
         return module.kind in known.kinds and targeted(module.name)
-    return targeted(module.name) or (not module.stack and targeted(module.canonical))
+    # A VLM's files may have it under language_model; in memory it is always on top.
+    return targeted(module.name) or (module.canonical == "lm_head" and targeted("lm_head"))
 
 
 def _is_unsure(module: Module, config: Mapping[str, Any], known: BaseModules) -> bool:
@@ -158,57 +194,21 @@ def _is_unsure(module: Module, config: Mapping[str, Any], known: BaseModules) ->
     return module.stack in known.strange or (is_all_linear(config) and not _LINEAR.fullmatch(last))
 
 
-def _shared_keys(missing: Iterable[Module], meant: Iterable[Module], held: Collection[str]) -> set[str]:
-    """Keys and values missing from some layer on to the last, where the file has other modules.
+def _shared_keys(missing: Iterable[Module], meant: Collection[Module], held: Collection[str]) -> set[str]:
+    """Keys and values that are missing from some layer on to the last, where the file has other modules.
 
     Gemma 3n and 4 keep them in their files for layers that use those of earlier ones.
     """
-    meant, found = list(meant), set()
-    for tower in {m.stack for m in missing}:
-        first = min((m.layer for m in missing if m.stack == tower and _is_key(m)), default=None)
-        if not first:
-            continue
+    found: set[str] = set()
+    for tower in {m.stack for m in missing if _is_key(m)}:
+        first = min(m.layer for m in missing if m.stack == tower and _is_key(m))
         tail = [m for m in meant if m.stack == tower and m.layer >= first]
         keys = {m.name for m in tail if _is_key(m)}
-        if keys.isdisjoint(held) and {m.layer for m in tail} == {m.layer for m in tail if m.name in held}:
+        others = {m.layer for m in tail if m.name in held and m.name not in keys}
+        if first and keys.isdisjoint(held) and others == {m.layer for m in tail}:
             found |= keys
     return found
 
 
 def _is_key(module: Module) -> bool:
     return module.kind.endswith((".k_proj", ".v_proj"))
-
-
-def _entries(
-    config: Mapping[str, Any], held: Collection[str], known: BaseModules, targeted: Test
-) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """(unmet, slips): by field, entries that nothing in the file answers, though the base has it or not."""
-    ending, above = {s for m in held for s in suffixes(m)}, {p for m in held for p in prefixes(m)}
-    targets, excluded = config.get("target_modules"), excluding(config)
-    open_: dict[str, list[str]] = {
-        "target_modules": [t for t in targets if t not in ending and not excluded(t)]
-        if isinstance(targets, list)
-        else [],
-        "target_parameters": [
-            p
-            for p in config.get("target_parameters") or []
-            if "." in p and p.rpartition(".")[0] not in ending
-        ],
-        "modules_to_save": _unsaved(config, above),
-        "trainable_token_indices": _unmet_tokens(config, held, ending, targeted),
-    }
-    unmet, slips = {}, {}
-    for field, entries in open_.items():
-        meant = {entry: _meant_by(entry, field, known) for entry in entries}
-        if field == "target_modules":  # what other fields rule out in every place need not be there
-            entries = [e for e in entries if not meant[e] or any(map(targeted, meant[e]))]
-        must = [
-            e
-            for e in entries
-            if meant[e] or not known.modules or e.rpartition(".")[2] in _HEADS or field.endswith("indices")
-        ]
-        if must:
-            unmet[field] = tuple(must)
-        if rest := tuple(e for e in entries if e not in must):
-            slips[field] = rest
-    return unmet, slips

@@ -98,9 +98,27 @@ KIND = Kind(
     tensors=_SUFFIXES,
     # r, use_rslora and init_lora_weights are inherited from LoRA's config: PEFT does not look at them
     fields=frozenset(
-        "beta1 beta2 deltaT init_lora_weights init_r lora_alpha lora_dropout megatron_core orth_reg_weight "
-        "qalora_group_size r runtime_config target_r tfinal tinit total_step use_rslora eva_config "
-        "ensure_weight_tying".split()
+        [
+            "beta1",
+            "beta2",
+            "deltaT",
+            "init_lora_weights",
+            "init_r",
+            "lora_alpha",
+            "lora_dropout",
+            "megatron_core",
+            "orth_reg_weight",
+            "qalora_group_size",
+            "r",
+            "runtime_config",
+            "target_r",
+            "tfinal",
+            "tinit",
+            "total_step",
+            "use_rslora",
+            "eva_config",
+            "ensure_weight_tying",
+        ]
     ),
     read=read,
     refused={

@@ -7,12 +7,13 @@ Factorization", 2023.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf, read_entry
+from pipeline.ground.deltas.fields import wrong_values
 from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.deltas.oft import times_blocks
 from pipeline.ground.dtypes import torch_dtype
@@ -51,11 +52,12 @@ class Boft(Delta):
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=device).expand_as(Q)
         rotations = torch.linalg.solve(eye + Q, eye - Q, left=False).mT.contiguous()
         orders = [butterfly(self.num_columns, Q.shape[-1], i).to(device) for i in range(len(Q))]
+        levels = [(rotations[i], orders[i], orders[i].argsort()) for i in range(len(Q))]
 
         def rows(start: int, stop: int, W: Tensor) -> Tensor:
             W = W.to(torch_dtype(dtype))
-            for rotation, order in zip(rotations, orders, strict=True):
-                W = times_blocks(W[:, order.argsort()], rotation)[:, order]
+            for rotation, order, back in levels:
+                W = times_blocks(W[:, back], rotation)[:, order]
             return W * s[start:stop]
 
         yield rows
@@ -85,7 +87,7 @@ def read(trained: Trained) -> list[Delta]:
             raise trained.refuse(
                 f"has {sizes['blocks']} blocks of {sizes['size']}, but {name} {config[name]}"
             )
-    factors, wanted = sizes["factors"], config.get("boft_n_butterfly_factor", 1)
+    factors, wanted = sizes["factors"], config["boft_n_butterfly_factor"]
     if factors not in (1, wanted):  # where its CUDA extension does not build, PEFT trains one factor
         raise trained.refuse(f"has {factors} butterfly factors, but the config says {wanted}")
     if factors > 1 and (sizes["size"] % 2 or sizes["blocks"] % 2 ** (factors - 1)):
@@ -95,6 +97,12 @@ def read(trained: Trained) -> list[Delta]:
     return [Boft(trained.module, "weight", (outputs, sizes["blocks"] * sizes["size"]), R, s)]
 
 
+def wrong(config: Mapping[str, Any]) -> list[str]:
+    """What of the config cannot be."""
+    sizes = [name for name in ("boft_block_size", "boft_block_num") if config.get(name, 0) != 0]
+    return wrong_values(config, counts=[*sizes, "boft_n_butterfly_factor"])
+
+
 KIND = Kind(
     peft_type="BOFT",
     tensors=("boft_R", "boft_s"),
@@ -102,4 +110,5 @@ KIND = Kind(
         {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout", "init_weights"}
     ),
     read=read,
+    wrong=wrong,
 )

@@ -1,7 +1,8 @@
-"""DeLoRA: delta = B diag(lambda / r / (|A_i| |B_i|)) A * |w|, with rows A_i and columns B_i (arXiv:2503.18225).
+"""DeLoRA: delta = B diag(lambda / r / (|A_i| |B_i|)) A * |w| (arXiv:2503.18225).
 
-|w| are the norms of the base weight's columns as they were when training began; the file holds them.
-Bini et al., "DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation", 2025.
+A_i are the rows of A, B_i the columns of B, |w| the norms of the base weight's columns as they were when
+training began; the file holds them. Bini et al., "DeLoRA: Decoupling Angles and Strength in Low-rank
+Adaptation", 2025.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf, read_entry
-from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
+from pipeline.ground.deltas.fields import wrong_values
+from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.deltas.patterns import pattern_value
 from pipeline.ground.shards import Entry
 
@@ -77,7 +79,7 @@ def read(trained: Trained) -> list[Delta]:
 
 def wrong(config: Mapping[str, Any]) -> list[str]:
     """What of the config cannot be."""
-    return [] if is_count(config.get("r")) else [f"r is {config.get('r')!r}, not a rank"]
+    return wrong_values(config, counts=["r"], patterns={"rank_pattern": True})
 
 
 KIND = Kind(

@@ -75,6 +75,11 @@ class Delta(ABC):
         """Memory that `open` holds while tiles are computed."""
         return sum(prod(entry.shape) * 8 for entry in self.entries)
 
+    @property
+    def optional(self) -> bool:
+        """Whether a base without this parameter has nothing to change: the bias that IA3 scales."""
+        return False
+
     @abstractmethod
     def describe(self, factor: float) -> str:
         """A few words: LoRA rank 8 scale 2."""

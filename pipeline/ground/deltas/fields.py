@@ -14,17 +14,18 @@ def wrong_values(
     counts: Iterable[str] = (),
     numbers: Iterable[str] = (),
     flags: Iterable[str] = (),
+    seeds: Iterable[str] = (),
     patterns: Mapping[str, bool] | None = None,
 ) -> list[str]:
     """Sentences about fields that are not what they have to be.
 
-    `counts` and `numbers` must be there, `flags` are false where they are not; `patterns` are tables of
-    counts (true) or of numbers.
+    `flags` may be missing; `patterns` are tables of counts (true) or of numbers.
     """
     checks = (
         (counts, is_count, "not a whole number above 0"),
         (numbers, is_number, "not a finite number"),
         (flags, _is_flag, "neither true nor false"),
+        (seeds, _is_seed, "not a seed, so what it drew cannot be drawn again"),
     )
     wrong = [
         f"{name} is {config.get(name)!r}, {what}"
@@ -41,6 +42,10 @@ def wrong_values(
 
 def _is_flag(value: Any) -> bool:
     return value is None or isinstance(value, bool)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
 
 
 def is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.deltas.delta import UNKNOWN, Base, Delta, RowsOf, read_entry
 from pipeline.ground.deltas.fields import wrong_values
-from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
+from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.shards import Entry
 
@@ -62,7 +62,7 @@ class FourierFt(Delta):
 
         def block(start: int, stop: int) -> Tensor:
             turns = torch.arange(start, stop)[:, None] * row % outputs  # exact: an angle in whole steps
-            values = torch.polar(spectrum.expand(turns.shape), turns * (2 * pi / outputs))
+            values = torch.polar(spectrum.expand(turns.shape), turns.double() * (2 * pi / outputs))
             over = torch.zeros(stop - start, inputs, dtype=torch.complex128)
             return torch.fft.ifft(over.index_add_(1, column, values), dim=1).real
 
@@ -87,11 +87,7 @@ def read(trained: Trained) -> list[Delta]:
 
 def _wrong(config: Mapping[str, Any]) -> list[str]:
     patterns = {"n_frequency_pattern": True}
-    wrong = wrong_values(config, counts=["n_frequency"], numbers=["scaling"], patterns=patterns)
-    seed = config.get("random_loc_seed")
-    if seed != 0 and not is_count(seed) or isinstance(seed, bool):
-        wrong.append(f"random_loc_seed is {seed!r}, not a seed; without it no one knows the places")
-    return wrong
+    return wrong_values(config, ["n_frequency"], ["scaling"], seeds=["random_loc_seed"], patterns=patterns)
 
 
 KIND = Kind(

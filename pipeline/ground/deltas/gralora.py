@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf, read_entry
-from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
+from pipeline.ground.deltas.fields import wrong_values
+from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.shards import Entry
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")
 
 @dataclass(frozen=True)
 class Gralora(Delta):
-    """`A` (k, in / k, r), `B` (k, r, out / k); `general` is the hybrid's (hybrid_r, in) and (out, hybrid_r)."""
+    """`A` (k, in / k, r), `B` (k, r, out / k); `general` is a hybrid's (hybrid_r, in) and (out, hybrid_r)."""
 
     A: Entry
     B: Entry
@@ -85,14 +85,10 @@ def read(trained: Trained) -> list[Delta]:
 
 def wrong(config: Mapping[str, Any]) -> list[str]:
     """What of the config cannot be."""
-    k, r, hybrid, alpha = (config.get(name) for name in ("gralora_k", "r", "hybrid_r", "alpha"))
-    found = [f"{name} is {n!r}, not a count" for name, n in (("gralora_k", k), ("r", r)) if not is_count(n)]
-    if hybrid != 0 and not is_count(hybrid):
-        found.append(f"hybrid_r is {hybrid!r}, not a rank")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not isfinite(alpha):
-        found.append(f"alpha is {alpha!r}, not a finite number")
-    if not found and r % k:  # type: ignore[operator]
-        found.append(f"r is {r}, which gralora_k, {k}, does not divide")
+    hybrid = ["hybrid_r"] if config.get("hybrid_r") != 0 else []
+    found = wrong_values(config, counts=["r", "gralora_k", *hybrid], numbers=["alpha"])
+    if not found and config["r"] % config["gralora_k"]:
+        found.append(f"r is {config['r']}, which gralora_k, {config['gralora_k']}, does not divide")
     return found
 
 

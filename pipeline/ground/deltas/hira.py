@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf, read_entry
-from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
+from pipeline.ground.deltas.fields import wrong_values
+from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.deltas.patterns import pattern_value
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.shards import Entry
@@ -65,8 +66,9 @@ def read(trained: Trained) -> list[Delta]:
     sizes = check_shapes(
         trained, {names[0]: ("r", "in", *kernel), names[1]: ("out", "r", *(1 for _ in kernel))}
     )
-    told = pattern_value(trained.module, trained.config.get("rank_pattern"), trained.config["r"])
-    if sizes["r"] != told:
+    r = trained.config["r"]
+    told = pattern_value(trained.module, trained.config.get("rank_pattern"), r)
+    if sizes["r"] not in (told, r):  # PEFT 0.21 looks at rank_pattern only for a second adapter
         raise trained.refuse(f"has rank {sizes['r']}, but the config says {told}")
     shape = (sizes["out"], sizes["in"], *(sizes[k] for k in kernel))
     return [Hira(trained.module, "weight", shape[::-1] if embedding else shape, A, B, embedding)]
@@ -74,7 +76,7 @@ def read(trained: Trained) -> list[Delta]:
 
 def wrong(config: Mapping[str, Any]) -> list[str]:
     """What of the config cannot be."""
-    return [] if is_count(config.get("r")) else [f"r is {config.get('r')!r}, not a rank"]
+    return wrong_values(config, counts=["r"], patterns={"rank_pattern": True})
 
 
 KIND = Kind(

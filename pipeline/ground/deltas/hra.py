@@ -8,12 +8,13 @@ Low-rank and Orthogonal Adaptation via Householder Reflection", 2024.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.ground.deltas.delta import UNKNOWN, Base, Delta, RowsOf, read_entry
+from pipeline.ground.deltas.fields import wrong_values
 from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.shards import Entry
@@ -79,9 +80,15 @@ def read(trained: Trained) -> list[Delta]:
     return [Hra(trained.module, "weight", (UNKNOWN, sizes["in"]), u, orthogonal)]
 
 
+def wrong(config: Mapping[str, Any]) -> list[str]:
+    """What of the config cannot be."""
+    return wrong_values(config, counts=["r"], flags=["apply_GS"])
+
+
 KIND = Kind(
     peft_type="HRA",
     tensors=("hra_u",),
     fields=frozenset({"r", "apply_GS", "init_weights"}),
     read=read,
+    wrong=wrong,
 )

@@ -37,7 +37,7 @@ class Ia3(Delta):
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        return () if self.optional else (self.entry,)  # the weight's delta accounts for l
+        return (self.entry,)
 
     @property
     def state_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""LN tuning: the norm layers themselves were trained, and the file holds them (Zhao et al., arXiv:2312.11420)."""
+"""LN tuning: the file holds the norm layers, which were trained whole (Zhao et al., arXiv:2312.11420)."""
 
 from __future__ import annotations
 

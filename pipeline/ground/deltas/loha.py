@@ -26,10 +26,9 @@ _CORES = "hada_t1", "hada_t2"
 
 @dataclass(frozen=True)
 class Loha(Delta):
-    """Two products, each `w_a` (out, r) and `w_b` (r, in), or `w_a` (r, out), `w_b` (r, in), `t` (r, r, k, l)."""
+    """Two products, each of (w_a (out, r), w_b (r, in)) or (w_a (r, out), w_b (r, in), t (r, r, k, l))."""
 
     products: tuple[tuple[Entry, ...], tuple[Entry, ...]]
-    rank: int
     scale: float
 
     @property
@@ -38,10 +37,14 @@ class Loha(Delta):
 
     @property
     def state_bytes(self) -> int:
-        return super().state_bytes + 2 * 8 * self.rank * self.num_columns
+        return super().state_bytes + 2 * 8 * self._rank * self.num_columns
+
+    @property
+    def _rank(self) -> int:
+        return self.products[0][1].shape[0]
 
     def describe(self, factor: float) -> str:
-        return f"LoHa rank {self.rank} scale {self.scale * factor:g}"
+        return f"LoHa rank {self._rank} scale {self.scale * factor:g}"
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:
@@ -77,7 +80,7 @@ def read(trained: Trained) -> list[Delta]:
     alpha = pattern_value(trained.module, trained.config.get("alpha_pattern"), trained.config["alpha"])
     first, second = (tuple(trained[s] for s in (*pair, *cores[n : n + 1])) for n, pair in enumerate(_PAIRS))
     shape = (sizes["out"], sizes["in"] * sizes.get("k", 1) * sizes.get("l", 1))
-    return [Loha(trained.module, "weight", shape, (first, second), sizes["r"], alpha / rank)]
+    return [Loha(trained.module, "weight", shape, (first, second), alpha / rank)]
 
 
 def _wrong(config: Mapping[str, Any]) -> list[str]:

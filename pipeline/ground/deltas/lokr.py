@@ -115,8 +115,17 @@ KIND = Kind(
     peft_type="LOKR",
     tensors=("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     fields=frozenset(
-        "r alpha rank_dropout rank_dropout_scale module_dropout use_effective_conv2d decompose_both "
-        "decompose_factor init_weights".split()
+        [
+            "r",
+            "alpha",
+            "rank_dropout",
+            "rank_dropout_scale",
+            "module_dropout",
+            "use_effective_conv2d",
+            "decompose_both",
+            "decompose_factor",
+            "init_weights",
+        ]
     ),
     read=read,
     wrong=_wrong,

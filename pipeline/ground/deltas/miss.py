@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.ground.deltas.delta import UNKNOWN, Base, Delta, RowsOf, read_entry
-from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
+from pipeline.ground.deltas.fields import wrong_values
+from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.shards import Entry
 
@@ -110,13 +111,10 @@ def read(trained: Trained) -> list[Delta]:
 
 def wrong(config: Mapping[str, Any]) -> list[str]:
     """What of the config cannot be."""
-    found = []
-    if not is_count(config.get("r")):
-        found.append(f"r is {config.get('r')!r}, not a rank")
-    if (init := config.get("init_weights", True)) not in (True, False, "bat", "mini"):
+    init = config.get("init_weights", True)
+    found = wrong_values(config, counts=["r", "mini_r"] if init == "mini" else ["r"])
+    if init not in (True, False, "bat", "mini"):
         found.append(f"init_weights is {init!r}; MiSS has true, false, 'bat' and 'mini'")
-    if init == "mini" and not is_count(config.get("mini_r")):
-        found.append(f"mini_r is {config.get('mini_r')!r}, not a number of outputs")
     return found
 
 

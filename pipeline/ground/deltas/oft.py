@@ -1,7 +1,8 @@
 """OFT: inputs turned by a block-diagonal rotation, W' = W R^T (Qiu et al. 2023, arXiv:2306.07280).
 
-Each block is the Cayley transform of a skew-symmetric Q, R = (I + Q)^-1 (I - Q) as PEFT signs it, or its
-Neumann series I + 2Q + 2Q^2 + ... (arXiv:2506.19847), which is what PEFT trains by default.
+Each block comes from a skew-symmetric Q. By default PEFT trains the first terms of the Cayley-Neumann
+series, R = I + 2Q + 2Q^2 + ... = (I + Q) (I - Q)^-1 (Qiu et al. 2025, arXiv:2506.19847); its exact transform
+has the other sign, R = (I - Q) (I + Q)^-1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from math import isqrt, prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.ground.deltas.delta import UNKNOWN, Base, Delta, RowsOf, read_entry
+from pipeline.ground.deltas.fields import wrong_values
 from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.shards import Entry
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Oft(Delta):
-    """`entry` (blocks, size * (size - 1) / 2) holds the upper triangles of Q; a single block may be shared."""
+    """`entry` (blocks, size * (size - 1) / 2) holds upper triangles of Q; a single one may be shared."""
 
     entry: Entry
     size: int
@@ -49,8 +51,8 @@ class Oft(Delta):
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         if prod(shape[2:]) > 1:
             return (
-                f"has kernels {list(shape[2:])}, over which PEFT trains OFT on overlapping patches that are "
-                "summed; no kernel computes that (and PEFT's own merge does not)"
+                "would need kernels of one pixel (PEFT trains OFT on larger ones with overlapping patches "
+                "that it sums up, which no kernel computes and its own merge does not give)"
             )
         if len(shape) > 1 and shape[1] % self.size:
             return f"was made for inputs in blocks of {self.size}"
@@ -87,7 +89,7 @@ class Oft(Delta):
 
 
 def neumann_factors(terms: int, halved: bool) -> list[float]:
-    """What Q, Q^2, ... are multiplied by. Since 0.18 PEFT adds a last term once, even to a series of three."""
+    """What Q, Q^2, ... are multiplied by; since 0.18 PEFT adds a last term once, and to three a fourth."""
     if not halved or terms < 3:
         return [2.0] * (terms - 1)
     return [2.0] * max(terms - 2, 2) + [1.0]
@@ -111,7 +113,7 @@ def read(trained: Trained) -> list[Delta]:
         raise trained.refuse("has rotations of a layer and of an embedding")
     num, triangle = check_shapes(trained, {suffix: ("blocks", "n")}).values()
     size = (1 + isqrt(1 + 8 * triangle)) // 2
-    if size * (size - 1) // 2 != triangle:
+    if not num or size * (size - 1) // 2 != triangle:
         raise trained.refuse(f"has {suffix} {list(entry.shape)}, whose rows are no triangles")
     shared = bool(config.get("block_share"))
     if shared and num != 1:
@@ -128,10 +130,10 @@ def read(trained: Trained) -> list[Delta]:
 
 def _told_size(inputs: int, config: Mapping[str, Any]) -> int:
     """The block size that PEFT makes of r or oft_block_size: the nearest that divides, the lower of two."""
-    wanted = config.get("oft_block_size") or config["r"]
-    divisors = [n for n in range(1, inputs + 1) if inputs % n == 0]
-    nearest = min(divisors, key=lambda n: (abs(n - wanted), n))
-    return nearest if config.get("oft_block_size") else inputs // nearest
+    wanted: int = min(config["oft_block_size"] or config["r"], inputs)
+    near = (n for far in range(inputs) for n in (wanted - far, wanted + far))
+    nearest = next(n for n in near if 0 < n <= inputs and inputs % n == 0)
+    return nearest if config["oft_block_size"] else inputs // nearest
 
 
 def _version(config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -156,9 +158,8 @@ def wrong(config: Mapping[str, Any]) -> list[str]:
             found.append(f"num_cayley_neumann_terms is {terms!r}, not a number of terms")
         if "0.18.0.dev" in str(version := config.get("peft_version")):
             found.append(f"peft_version is {version!r}, between two meanings of the Cayley-Neumann series")
-    if config.get("coft") and not isinstance(config.get("eps"), float | int):
-        found.append(f"eps is {config.get('eps')!r}, not a number")
-    return found
+    numbers = ["eps"] if config.get("coft") else []
+    return found + wrong_values(config, numbers=numbers, flags=["coft", "block_share"])
 
 
 KIND = Kind(

@@ -1,9 +1,9 @@
-"""RandLoRA: delta = B' @ A' * alpha / r, a sum over n full-rank random bases (Albert et al., arXiv:2502.00987).
+"""RandLoRA: delta = B' @ A' * alpha / r, a sum over n random bases (Albert et al. 2025, arXiv:2502.00987).
 
-A (r, 1, least) and B (most, N, r) are shared: the module takes B' = B[:most, :n] as (most, n * r) and A' =
-lambda * A[..., :least] * gamma as (r * n, least); least and most are the smaller and larger of its
-features, n = ceil(least / r). Where the outputs are fewer the delta is the transpose. (PEFT flattens B' over
-(n, r) and A' over (r, n), and trains so.) With save_projection=false A and B are drawn again as PEFT does.
+A (r, 1, ..) and B (.., .., r) are shared. A module whose features are least <= most in number takes B' =
+B[:most, :n] as (most, n * r) and A' = lambda * A[..., :least] * gamma as (r * n, least), n = ceil(least / r);
+with fewer outputs than inputs the delta is the transpose. (PEFT flattens B' over (n, r) but A' over (r, n),
+and trains so.) With save_projection=false A and B are drawn again from projection_prng_key.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+from pipeline.ground.deltas import projection
 from pipeline.ground.deltas.delta import UNKNOWN, Base, Delta, RowsOf, read_entry
 from pipeline.ground.deltas.fields import wrong_values
-from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
+from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.errors import PipelineError
 from pipeline.ground.shards import Entry
@@ -29,9 +29,9 @@ _BASES = ("randlora_A", "randlora_B")
 
 @dataclass(frozen=True)
 class RandLora(Delta):
-    """`lambdas` (r, n), `gamma` (n, least); `saved` A and B, and `copies` of them that PEFT writes per module.
+    """`lambdas` (r, n), `gamma` (n, least); `saved`: A and B, else `key` and `largest` (out, in) tell them.
 
-    Else `key`, `sparsity` and `largest` (out, in) tell them. sparsity s: -1 and 1 with odds 1 in 2s each.
+    `copies`: A and B once more, as PEFT writes them for every module.
     """
 
     lambdas: Entry
@@ -63,18 +63,15 @@ class RandLora(Delta):
         return super().misfit(shape)
 
     def among(self, deltas: Sequence[Delta]) -> RandLora:
-        shapes = [delta.shape for delta in deltas if isinstance(delta, RandLora)]
-        return replace(self, largest=(max(s[0] for s in shapes), max(s[1] for s in shapes)))
+        return replace(self, largest=projection.largest(deltas, RandLora))
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:
         A, B = (x.to(device, torch_dtype(dtype)) for x in self._bases(base))
         lambdas, gamma = (read_entry(x, device, dtype) for x in (self.lambdas, self.gamma))
-        r, n, least, most = *lambdas.shape, min(self.shape), max(self.shape)
-        A = (lambdas[:, :, None] * A[:, :, :least] * gamma).flatten(0, 1)
-        B = B[:most, :n].flatten(1)
-        outputs, inputs = self.shape
-        left, right = (B, A) if outputs >= inputs else (A.T, B.T)
+        A = (lambdas[:, :, None] * A[:, :, : gamma.shape[1]] * gamma).flatten(0, 1)
+        B = B[: max(self.shape), : gamma.shape[0]].flatten(1)
+        left, right = (B, A) if self.shape[0] >= self.shape[1] else (A.T, B.T)
         scale = self.scale * factor
 
         def rows(start: int, stop: int, W: Tensor) -> Tensor:
@@ -86,38 +83,15 @@ class RandLora(Delta):
         import torch
 
         if not self.saved:
-            kind = base(0, 1).dtype
-            A, B = self._draw()
-            return A.to(kind), B.to(kind)
+            assert self.largest, "bases that are drawn need `among` beforehand"
+            created = base(0, 1).dtype
+            A, B = projection.randlora(self.key, self.lambdas.shape[0], self.largest, self.sparsity)
+            return A.to(created), B.to(created)
         A, B = (read_entry(entry) for entry in self.saved)
         for shared, own in zip((A, B), self.copies, strict=bool(self.copies)):
             if not torch.equal(read_entry(own), shared):
                 raise PipelineError(f"'{own.name}' differs from what all modules share")
         return A, B
-
-    def _draw(self) -> tuple[Tensor, Tensor]:
-        """A and B with unit deviation: uniform in bfloat16, or -1, 0 and 1 in float32."""
-        import torch
-
-        if self.largest is None:
-            raise AssertionError("bases that are drawn need `among` beforehand")
-        generator = torch.Generator("cpu").manual_seed(self.key)
-        r, most, least = self.lambdas.shape[0], max(self.largest), min(self.largest)
-        n = -(-least // r)
-        if self.sparsity:
-            s = sqrt(least) if self.sparsity == "very_sparse" else 3
-            odds = 1 / (2 * s)
-            draws = (torch.rand(shape, generator=generator) for shape in ((r, 1, least), (most, n, r)))
-            A, B = ((u > 1 - odds).float() - (u < odds).float() for u in draws)
-        else:
-
-            def uniform(*shape: int) -> Tensor:
-                empty = torch.empty(shape, dtype=torch.bfloat16)
-                return torch.nn.init.kaiming_uniform_(empty, a=sqrt(5), generator=generator)
-
-            A = uniform(r, 1, least)
-            B = torch.cat([uniform(most, 1, r) for _ in range(n)], dim=1)
-        return A / A.std(), B / B.std()
 
 
 def read(trained: Trained) -> list[Delta]:
@@ -141,18 +115,14 @@ def read(trained: Trained) -> list[Delta]:
                 f"{list(A.shape)} and randlora_B {list(B.shape)} do not cover that"
             )
     sparsity = next((name for name in ("very_sparse", "sparse") if config.get(name)), None)
-    scale, key = config["randlora_alpha"] / r, config.get("projection_prng_key", 0)
+    scale, key = config["randlora_alpha"] / r, config["projection_prng_key"]
     shape = (UNKNOWN, UNKNOWN)
     return [RandLora(trained.module, "weight", shape, lambdas, gamma, scale, saved, copies, key, sparsity)]
 
 
 def _wrong(config: Mapping[str, Any]) -> list[str]:
     flags = ["save_projection", "sparse", "very_sparse"]
-    wrong = wrong_values(config, counts=["r"], numbers=["randlora_alpha"], flags=flags)
-    key = config.get("projection_prng_key", 0)
-    if key != 0 and not is_count(key) or isinstance(key, bool):
-        wrong.append(f"projection_prng_key is {key!r}, not a seed")
-    return wrong
+    return wrong_values(config, ["r"], ["randlora_alpha"], flags, ["projection_prng_key"])
 
 
 KIND = Kind(
@@ -160,8 +130,16 @@ KIND = Kind(
     tensors=("randlora_lambda", "randlora_gamma", *_BASES),
     shared=_BASES,
     fields=frozenset(
-        "r projection_prng_key save_projection sparse very_sparse randlora_dropout randlora_alpha "
-        "init_weights".split()
+        [
+            "r",
+            "projection_prng_key",
+            "save_projection",
+            "sparse",
+            "very_sparse",
+            "randlora_dropout",
+            "randlora_alpha",
+            "init_weights",
+        ]
     ),
     read=read,
     wrong=_wrong,

@@ -1,4 +1,7 @@
-"""SHiRA: single entries of the weight are trained, delta[i, j] = value (Bhardwaj et al. 2024, arXiv:2406.13175)."""
+"""SHiRA: single entries of the weight are trained, delta[i, j] = value (arXiv:2406.13175).
+
+Bhardwaj et al., "Sparse High Rank Adapters", 2024.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.deltas.delta import UNKNOWN, Base, Delta, RowsOf, read_entry
-from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
+from pipeline.ground.deltas.fields import wrong_values
+from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.errors import Refused
 from pipeline.ground.shards import Entry
 
@@ -76,7 +80,7 @@ def read(trained: Trained) -> list[Delta]:
 
 def wrong(config: Mapping[str, Any]) -> list[str]:
     """What of the config cannot be."""
-    return [] if is_count(config.get("r")) else [f"r is {config.get('r')!r}, not a rank"]
+    return wrong_values(config, counts=["r"])
 
 
 KIND = Kind(

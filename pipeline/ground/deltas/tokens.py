@@ -49,6 +49,9 @@ class TokenRows(Delta):
             return f"has a row for token {max(self.indices)}, beyond a vocabulary of {shape[0]}"
         return super().misfit(shape)
 
+    def turned(self) -> TokenRows:
+        return self  # no embedding lies transposed
+
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:
         import torch

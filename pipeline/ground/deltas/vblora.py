@@ -27,7 +27,10 @@ _INDEX_DTYPES = frozenset({"U8", "I16", "I32", "I64"})
 
 @dataclass(frozen=True)
 class VbLora(Delta):
-    """`A`: logits (r, in / length, vectors), or indices (.., k) and weights (.., k - 1); `B` (out / length, r, ..)."""
+    """`A` is (logits (r, in / length, vectors),) or (indices (r, in / length, k), weights (.., k - 1)).
+
+    `B` likewise over (out / length, r).
+    """
 
     A: tuple[Entry, ...]
     B: tuple[Entry, ...]
@@ -101,10 +104,13 @@ def read(trained: Trained) -> list[Delta]:
 def _pieces(trained: Trained, name: str, topk: int, num_vectors: int) -> tuple[Entry, ...]:
     """The logits of one factor, or its indices and weights, three-dimensional each."""
     indices, weights = f"{name}_topk_indices", f"{name}_topk_weights"
+    found: tuple[Entry, ...]
+    last: tuple[int, ...]
     if trained.config.get("save_only_topk_weights"):
         if trained.get(name):
             raise trained.refuse(f"has {name}, but save_only_topk_weights is set")
-        found, last = (trained[indices], trained[weights]), (topk, topk - 1)
+        found = (trained[indices], trained[weights])
+        last = (topk, topk - 1)
         if found[0].dtype not in _INDEX_DTYPES:
             raise trained.refuse(f"has {indices} of {found[0].dtype}, not whole numbers")
     else:
@@ -133,8 +139,16 @@ KIND = Kind(
     tensors=tuple(f"{name}{tail}" for name in _LOGITS for tail in ("", "_topk_indices", "_topk_weights")),
     shared=("vblora_vector_bank",),
     fields=frozenset(
-        "r num_vectors vector_length topk save_only_topk_weights vblora_dropout init_vector_bank_bound "
-        "init_logits_std".split()
+        [
+            "r",
+            "num_vectors",
+            "vector_length",
+            "topk",
+            "save_only_topk_weights",
+            "vblora_dropout",
+            "init_vector_bank_bound",
+            "init_logits_std",
+        ]
     ),
     read=read,
     wrong=_wrong,

@@ -1,8 +1,9 @@
-"""VeRA: delta = (lambda_b * B) @ (lambda_d * A), A and B random and shared (Kopiczko et al., arXiv:2310.11454).
+"""VeRA: delta = (lambda_b * B) @ (lambda_d * A), A and B random and shared (Kopiczko et al. 2023,
+arXiv:2310.11454).
 
 Each module takes the first columns of A (r, largest in) and the first rows of B (largest out, r). With
-save_projection=false the file lacks them: they are drawn again from projection_prng_key, as PEFT draws
-them, and rounded to the base's dtype, in which PEFT creates them.
+save_projection=false the file lacks them: they are drawn again from projection_prng_key and rounded to
+the base's dtype, in which PEFT creates them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pipeline.ground.deltas import projection
 from pipeline.ground.deltas.delta import UNKNOWN, Base, Delta, RowsOf, read_entry
 from pipeline.ground.deltas.fields import wrong_values
-from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
+from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.shards import Entry
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Vera(Delta):
-    """`lambda_b` (out,), `lambda_d` (r,); `saved` is A and B, else `key` and `largest` (out, in) tell them."""
+    """`lambda_b` (out,), `lambda_d` (r,); `saved`: A and B, else `key` and `largest` (out, in) tell them."""
 
     lambda_b: Entry
     lambda_d: Entry
@@ -55,16 +57,17 @@ class Vera(Delta):
         return super().misfit(shape)
 
     def among(self, deltas: Sequence[Delta]) -> Vera:
-        shapes = [delta.shape for delta in deltas if isinstance(delta, Vera)]
-        return replace(self, largest=(max(s[0] for s in shapes), max(s[1] for s in shapes)))
+        return replace(self, largest=projection.largest(deltas, Vera))
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:
         if self.saved:
             A, B = (read_entry(entry, device, dtype) for entry in self.saved)
         else:
-            kind = base(0, 1).dtype
-            A, B = (x.to(kind).to(device, torch_dtype(dtype)) for x in self._draw())
+            assert self.largest, "a projection that is drawn needs `among` beforehand"
+            created = base(0, 1).dtype
+            drawn = projection.vera(self.key, self.rank, self.largest)
+            A, B = (x.to(created).to(device, torch_dtype(dtype)) for x in drawn)
         A = read_entry(self.lambda_d, device, dtype)[:, None] * A[:, : self.num_columns]
         B = read_entry(self.lambda_b, device, dtype)[:, None] * B[: self.num_rows]
 
@@ -72,20 +75,6 @@ class Vera(Delta):
             return (B[start:stop] @ A).mul_(factor)
 
         yield rows
-
-    def _draw(self) -> tuple[Tensor, Tensor]:
-        """A and B, float32: uniform as Kaiming's init has it, A before B from one generator."""
-        import torch
-
-        if self.largest is None:
-            raise AssertionError("a projection that is drawn needs `among` beforehand")
-        generator = torch.Generator("cpu").manual_seed(self.key)
-        outputs, inputs = self.largest
-        A, B = (
-            torch.nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.float32), generator=generator)
-            for shape in ((self.rank, inputs), (outputs, self.rank))
-        )
-        return A, B
 
 
 def read(trained: Trained) -> list[Delta]:
@@ -105,16 +94,12 @@ def read(trained: Trained) -> list[Delta]:
                 f"has {outputs} outputs, r is {config['r']}: vera_A {list(A.shape)} and vera_B "
                 f"{list(B.shape)} do not cover that"
             )
-    key = config.get("projection_prng_key", 0)
+    key = config["projection_prng_key"]
     return [Vera(trained.module, "weight", (outputs, UNKNOWN), lambda_b, lambda_d, saved, key)]
 
 
 def _wrong(config: Mapping[str, Any]) -> list[str]:
-    wrong = wrong_values(config, counts=["r"], flags=["save_projection"])
-    key = config.get("projection_prng_key", 0)
-    if key != 0 and not is_count(key) or isinstance(key, bool):
-        wrong.append(f"projection_prng_key is {key!r}, not a seed")
-    return wrong
+    return wrong_values(config, ["r"], flags=["save_projection"], seeds=["projection_prng_key"])
 
 
 KIND = Kind(

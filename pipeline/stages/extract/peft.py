@@ -12,8 +12,8 @@ from pipeline.ground.errors import Refused
 from pipeline.ground.files import File
 from pipeline.ground.names import unmatched
 from pipeline.ground.sidefiles import side_files
-from pipeline.stage import Extract, stage
-from pipeline.weight import Adapter
+from pipeline.stage import Chosen, Extract, stage
+from pipeline.weight import Adapter, Part
 
 
 class Packing(Enum):
@@ -41,7 +41,10 @@ class Peft(Extract):
         self()
 
     def __call__(self) -> Adapter:
-        origin = hub.locate("adapter", self.adapter, hub.ADAPTER, download=not self.dry_run)
+        return Adapter(tuple(self._part(chosen) for chosen in self.adapter))
+
+    def _part(self, chosen: Chosen) -> Part:
+        origin = hub.locate("adapter", chosen.path, hub.ADAPTER, download=not self.dry_run)
         told = Told(self.residual_base, self.expert_packing is Packing.expert, self.out_proj_times)
         initial = self.initial and hub.locate(
             "extract.initial", self.initial, hub.ADAPTER, download=not self.dry_run
@@ -49,7 +52,8 @@ class Peft(Extract):
         file = read_adapter(origin.folder, told, initial.folder if initial else None)
         if differences := self._differences(file):
             raise Refused(*differences)
-        return Adapter(
+        return Part(
+            weight=chosen.weight,
             deltas=file.deltas,
             findings=file.findings,
             config=file.config,

@@ -26,9 +26,13 @@ class SaveBoth(SaveMerged):
                 f"save: both would keep the adapter as it is beside a model merged with merge.weight="
                 f"{min(factors):g}, which is not the same; use save=merged"
             )
+        if len(adapter.parts) > 1:
+            raise Refused(
+                "save: both keeps one adapter beside the merged model, not several; use save=merged"
+            )
         return super().plan(merged, adapter)
 
     def _write_more(self, folder: Path, adapter: Adapter) -> None:
         (folder / "adapter").mkdir()
         for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(adapter.origin.folder / name, folder / "adapter" / name)
+            shutil.copyfile(adapter.parts[0].origin.folder / name, folder / "adapter" / name)

@@ -15,7 +15,7 @@ from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.manifest import Contents, peak_memory, published, write_beside
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Plan
-from pipeline.ground.sidefiles import chosen, write_side_files
+from pipeline.ground.sidefiles import SideFile, brings_tokenizer, chosen, write_side_files
 from pipeline.ground.units import parse_bytes, show_bytes
 from pipeline.layout import PlannedShard, describe, factor_bytes, plan_shards, tile_bytes
 from pipeline.stage import Save, stage
@@ -69,10 +69,10 @@ class SaveMerged(Save):
         plan, shards = self.plan(merged, adapter), self._shards(merged)
         folder = workplace.partial(self.output)
         config = merged.config.text(self._config_edits(merged))  # what may fail comes before the long part
-        origins = write_side_files(folder, chosen(merged.side_files, adapter.side_files))
+        origins = write_side_files(folder, chosen(merged.side_files, tokenizer_of(adapter)))
         self._write_more(folder, adapter)
         begun = time.monotonic()
-        known = known_digests(merged.origin, adapter.origin)
+        known = known_digests(merged.origin, *(part.origin for part in adapter.parts))
         with (
             Digests((*merged.files, *adapter.files), known) as inputs,
             Progress("merging", plan.num_bytes) as bar,
@@ -88,8 +88,8 @@ class SaveMerged(Save):
                 config=config,
                 side_files=origins,
                 base=published(merged.origin),
-                adapter=published(adapter.origin),
-                adapter_config=adapter.config,
+                adapters=[(published(p.origin), p.weight) for p in adapter.parts],
+                trained_on=adapter.parts[0].config.get("base_model_name_or_path"),
                 inputs=hashed,
                 shards={shard.name: [place.slot.name for place in shard.places] for shard in shards},
                 digests=written.digests,
@@ -130,6 +130,11 @@ class SaveMerged(Save):
                 f"deltas need, {show_bytes(tile + factors)}"
             )
         return min(wanted, (self.memory_limit - factors) // max(tile, 1))
+
+
+def tokenizer_of(adapter: Adapter) -> tuple[SideFile, ...]:
+    """The side files of the first adapter that brings a tokenizer."""
+    return next((p.side_files for p in adapter.parts if brings_tokenizer(p.side_files)), ())
 
 
 def known_digests(*origins: hub.Source) -> dict[Path, str]:

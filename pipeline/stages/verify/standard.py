@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.resources import files as package_files
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.ground import logits
 from pipeline.ground.deltas.lora import Lora
@@ -21,6 +23,9 @@ from pipeline.ground.units import show_bytes
 from pipeline.stage import Verify, stage
 from pipeline.stages.verify.structure import effect, files, hashes, report
 from pipeline.weight import Adapter, Checkpoint, Merged, Output, Placed, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @stage("standard")
@@ -115,15 +120,16 @@ class Standard(Verify):
             )
             gates.append(Gate(name, Status.skipped, "not enough memory", wanted))
             return None
-        models = logits.Models(output.folder, output.adapter.origin.folder, base_model(base, output.merged))
+        models = logits.Models(
+            output.folder, _adapters(adapter, output.merged), base_model(base, output.merged)
+        )
         text = package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
-        factor = _factor(output.merged)
-        if factor != 1 and not all(isinstance(delta, Lora) for delta in adapter.deltas):
-            findings.append("logits were not compared: PEFT cannot scale what is no LoRA by merge.weight")
-            gates.append(Gate(name, Status.skipped, "no reference for merge.weight", wanted))
+        if any(f != 1 for _, f in models.adapters) and not all(isinstance(d, Lora) for d in adapter.deltas):
+            findings.append("logits were not compared: PEFT gives a weight to LoRA only")
+            gates.append(Gate(name, Status.skipped, "no reference for the weight", wanted))
             return None
         try:
-            outcome = logits.compare(models, text, self.tokens, self.prompt, factor, device)
+            outcome = logits.compare(models, text, self.tokens, self.prompt, device)
         except logits.CannotCompare as reason:
             findings.append(f"logits were not compared, because base and adapter do not load: {reason}")
             gates.append(Gate(name, Status.skipped, "base and adapter do not load", wanted))
@@ -144,29 +150,35 @@ def _all_passed(gates: list[Gate]) -> bool:
     return all(gate.status is not Status.failed for gate in gates)
 
 
-def _factor(merged: Checkpoint[Weight]) -> float:
-    return next((p.factor for w in merged.weights if isinstance(w, Merged) for p in w.placed), 1.0)
+def _adapters(adapter: Adapter, merged: Checkpoint[Weight]) -> list[tuple[Path, float]]:
+    """Each adapter's folder with the factor that it was merged with."""
+    factors = {p.part: p.factor for w in merged.weights if isinstance(w, Merged) for p in w.placed}
+    return [(part.origin.folder, factors.get(n, 1.0)) for n, part in enumerate(adapter.parts)]
 
 
 def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
     """Samples of every merged weight of the folder against base + delta in float64."""
     folder, found = Folder(output.folder), {}
-    path = adapter.origin.folder
     merged = [w for w in output.merged.weights if isinstance(w, Merged)]
     planned = {w.name: w for w in output.plan.weights}
-    reference = Reference(path, adapter.config)
-    with reference, Progress("recomputing samples", sum(planned[w.name].num_bytes for w in merged)) as bar:
+    with (
+        ExitStack() as opened,
+        Progress("recomputing samples", sum(planned[w.name].num_bytes for w in merged)) as bar,
+    ):
+        references = [
+            opened.enter_context(Reference(part.origin.folder, part.config)) for part in adapter.parts
+        ]
         for weight in merged:
             bar.advance(planned[weight.name].num_bytes)
             facts, dtype = Facts(), planned[weight.name].dtype
             found[weight.name] = facts
-            plain = plain_lora(weight)
+            plain = all(is_plain(placed, weight) for placed in weight.placed)
             samples = sampled_rows(weight.name, weight.num_rows, weight.num_columns, weight.grain)
             with replace(weight, arithmetic="F64").open("cpu") as tiles, weight.base.open("cpu") as bases:
                 for start, stop in samples:
                     if plain:
                         base = bases(start, stop).base
-                        delta, size = reference.delta(plain.delta.module, plain.factor, start, stop)
+                        delta, size = added(references, weight.placed, start, stop)
                     else:
                         tile = tiles(start, stop)
                         base, delta = tile.base, tile.value - tile.base.double()
@@ -176,15 +188,21 @@ def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
     return found
 
 
-def plain_lora(weight: Merged) -> Placed | None:
-    """The one piece of a weight that is nothing but B @ A on all of it."""
-    if len(weight.placed) != 1 or not isinstance(weight.placed[0].delta, Lora):
-        return None
-    [placed] = weight.placed
+def is_plain(placed: Placed, weight: Merged) -> bool:
+    """Whether it is nothing but B @ A on all of the weight, as its file has it."""
     delta = placed.delta
-    assert isinstance(delta, Lora)
-    plain = len(delta.A.shape) == 2 and delta.blocks == (1, 1) and not delta.transposed
-    return placed if plain and delta.shape == weight.shape and "out_proj" not in delta.module else None
+    if not isinstance(delta, Lora) or len(delta.A.shape) != 2 or delta.blocks != (1, 1) or delta.transposed:
+        return False
+    return delta.shape == weight.shape and placed.rows == (0, weight.num_rows) and delta.scale > 0
+
+
+def added(
+    references: Sequence[Reference], placed: Sequence[Placed], start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of the sum of plain deltas, and of the sizes that their slack is taken of."""
+    parts = [references[p.part].delta(p.delta.module, p.factor, start, stop) for p in placed]
+    deltas, sizes = zip(*parts, strict=True)
+    return sum(deltas[1:], deltas[0]), sum(sizes[1:], sizes[0])
 
 
 def converted(output: Output) -> Gate:
@@ -241,7 +259,7 @@ def _sampled_effect(facts: dict[str, Facts]) -> Gate:
 
 
 def base_model(base: Checkpoint[Weight], merged: Checkpoint[Weight]) -> Callable[[type], Any]:
-    """How to get the base as a float32 model, from its folder or decoded weights, with room for new tokens."""
+    """How to get the base in float32, from its folder or decoded weights, with room for new tokens."""
 
     def load(cls: Any) -> Any:
         model = plain(cls)

@@ -32,7 +32,7 @@ def files(output: Output, base: Checkpoint[Weight]) -> list[Gate]:
     gate = structure(output.folder, output.plan)
     if gate.status is Status.failed:
         return [gate]
-    sources = {w.name: w.source for w in base.weights if w.source is not None}
+    sources = {w.name: w.source for w in output.merged.weights if w.source is not None}
     return [gate, identical(output.folder, output.plan, sources)]
 
 

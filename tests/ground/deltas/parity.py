@@ -44,11 +44,11 @@ def deltas(folder: Path, kind: Kind) -> list[Delta]:
     shared: dict[str, Entry] = {}
     for entry in read_shard(folder / "adapter_model.safetensors").entries:
         suffix = next((s for s in kind.tensors if entry.name.endswith(f".{s}")), None)
-        if suffix is None:
-            key = entry.name.removeprefix("base_model.")
-            assert key in kind.shared, entry.name
+        key = entry.name.removeprefix("base_model.")
+        if key in kind.shared:
             shared[key] = entry
         else:
+            assert suffix is not None, entry.name
             module = entry.name.removeprefix(PREFIX).removesuffix(f".{suffix}")
             modules.setdefault(module, {})[suffix] = entry
     return [d for m, tensors in modules.items() for d in kind.read(Trained(m, tensors, config, shared))]
@@ -61,6 +61,8 @@ def merged_by_us(
     merged = dict(state)
     placed = []
     for delta in found:
+        if delta.optional and f"{delta.module}.{delta.parameter}" not in state:
+            continue
         weight = state[f"{delta.module}.{delta.parameter}"]
         delta = delta.turned() if turned else delta
         assert delta.misfit(tuple(weight.shape)) is None, delta.misfit(tuple(weight.shape))
