@@ -170,13 +170,5 @@ def tile_bytes(shards: Iterable[PlannedShard]) -> int:
 
 
 def factor_bytes(shards: Iterable[PlannedShard]) -> int:
-    """Bytes of the largest weight's deltas in memory."""
-    return max(
-        (
-            sum(placed.delta.state_bytes for placed in w.placed)
-            for shard in shards
-            for w in (place.weight for place in shard.places)
-            if isinstance(w, Merged)
-        ),
-        default=0,
-    )
+    """Bytes that the largest weight holds beside its tiles: deltas, scales, packed codes."""
+    return max((place.weight.state_bytes for shard in shards for place in shard.places), default=0)

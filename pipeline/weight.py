@@ -14,10 +14,10 @@ from math import lcm, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from pipeline.ground.codes.code import Code
 from pipeline.ground.deltas.delta import Base, Delta
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.files import File, read_tensor
-from pipeline.ground.gguf_names import Transform
 from pipeline.ground.hub import Source
 from pipeline.ground.metrics import Statistics
 from pipeline.ground.model_config import ConfigSource
@@ -45,17 +45,15 @@ Tiles = Callable[[int, int], Tile]  # tiles(start, stop) gives the rows start:st
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A weight as its file holds it: one tensor, or packed codes, perhaps in another row order.
+    """A weight as its files hold it: one tensor of plain numbers, or codes.
 
-    `shape` and `dtype` are those of the dense weight it means; `parts` maps a role ("" for the codes or
-    the tensor itself) to the bytes.
+    `shape` and `dtype` are those of the dense weight it means.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    parts: Mapping[str, Entry]
-    transform: Transform | None = None
+    held: Entry | Code
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,13 @@ class Weight(ABC):
 
     @property
     def stored_as(self) -> str:
-        """What the base's file holds: a safetensors dtype or a GGUF type."""
+        """What the base's file holds: a safetensors dtype, a GGUF type, or the name of a code."""
         return self.dtype
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that `open` holds while tiles are computed, beside the tiles."""
+        return 0
 
     @property
     def source(self) -> Entry | None:
@@ -118,35 +121,30 @@ class Dense(Weight):
             yield tile
 
 
-Decode = Callable[[str, "Tensor"], "Tensor"]  # ground/codes: raw (rows, bytes) to float32 (rows, columns)
-
-
 @dataclass(frozen=True)
 class Decoded(Weight):
-    """A weight whose rows the file holds as codes of their own, decoded in float32."""
+    """A weight that its files hold as codes, decoded in float32."""
 
-    entry: Entry
-    decode: Decode
-    transform: Transform | None = None
+    code: Code
 
     @property
     def stored_as(self) -> str:
-        return self.entry.dtype
+        return self.code.describe
 
     @property
     def grain(self) -> int:
-        return self.transform.grain if self.transform else 1
+        return self.code.grain
+
+    @property
+    def state_bytes(self) -> int:
+        return self.code.state_bytes
 
     @contextmanager
     def open(self, device: str) -> Iterator[Tiles]:
-        extent = self.entry.extent
-        row = extent.length // max(self.num_rows, 1)
-        with extent.file.opened() as descriptor:
+        with self.code.open(device) as rows:
 
             def tile(start: int, stop: int) -> Tile:
-                raw = read_tensor(descriptor, extent.offset + start * row, (stop - start) * row)
-                value = self.decode(self.entry.dtype, raw.to(device).view(stop - start, row))
-                value = self.transform(value) if self.transform else value
+                value = rows(start, stop).view(stop - start, self.num_columns)
                 return Tile(value, value)
 
             yield tile
@@ -242,6 +240,10 @@ class Merged(Weight):
     @property
     def stored_as(self) -> str:
         return self.base.stored_as
+
+    @property
+    def state_bytes(self) -> int:
+        return self.base.state_bytes + sum(placed.delta.state_bytes for placed in self.placed)
 
     @property
     def grain(self) -> int:

@@ -88,7 +88,8 @@ def audit(
     tensors = {key: _module_and_kind(key.removeprefix(_PREFIX), config) for key in held}
     modules = {module for module, kind in tensors.values() if kind not in (BIASES, ALONG)}
     trained = promise(config, modules, base, num_layers, renames).trained
-    known = base_modules(modules, ((n, len(s)) for n, s in base.items()), num_layers, renames).modules
+    touched = {module for module, _ in tensors.values()}
+    known = base_modules(touched, ((n, len(s)) for n, s in base.items()), num_layers, renames).modules
     has, must = Counter[str](), Counter[str]()
     for key, (module, kind) in tensors.items():
         has[kind] += prod(held[key])

@@ -22,22 +22,22 @@ _N = "\0"  # stands for a number between dots; no readable name holds it
 NUMBER = r"(?:0|[1-9][0-9]{0,5})"
 _NUMBERS = re.compile(rf"(?<![^.]){NUMBER}(?![^.])")
 
-# Applied in this order to the template of a whole name, which ends in `.weight` or another parameter.
+# Applied in this order to the template of a whole name; # is a number.
 _SPELLINGS = tuple(
-    (re.compile(pattern.replace("N", _N)), spelling.replace("N", _N))
+    (re.compile(pattern.replace("#", _N)), spelling.replace("#", _N))
     for pattern, spelling in {
         r"^embed_out\.": "lm_head.",  # GPT-NeoX
         r"(^|\.)LayerNorm\.gamma$": r"\1LayerNorm.weight",  # BERT files made from TensorFlow
         r"(^|\.)LayerNorm\.beta$": r"\1LayerNorm.bias",
         r"(_tower|vision_model)\.vision_model\.": r"\1.",  # CLIP and SigLIP within a VLM
         # ViT, DeiT, BEiT, DINOv2, Swin
-        r"(^|\.)encoder\.layer\.N\.": r"\1layers.N.",
+        r"(^|\.)encoder\.layer\.#\.": r"\1layers.#.",
         r"\.attention\.(attention|self)\.query\.": ".attention.q_proj.",
         r"\.attention\.(attention|self)\.key\.": ".attention.k_proj.",
         r"\.attention\.(attention|self)\.value\.": ".attention.v_proj.",
         r"\.attention\.output\.dense\.": ".attention.o_proj.",
-        r"\.N\.intermediate\.dense\.": ".N.mlp.fc1.",
-        r"\.N\.output\.dense\.": ".N.mlp.fc2.",
+        r"\.#\.intermediate\.dense\.": ".#.mlp.fc1.",
+        r"\.#\.output\.dense\.": ".#.mlp.fc2.",
         # Mixtures of experts
         r"\.block_sparse_moe\.input_linear\.weight$": ".mlp.experts.gate_up_proj",  # GraniteMoE
         r"\.block_sparse_moe\.output_linear\.weight$": ".mlp.experts.down_proj",
@@ -45,10 +45,10 @@ _SPELLINGS = tuple(
         r"\.mlp\.experts\.fc2\.weight$": ".mlp.experts.down_proj",
         r"\.block_sparse_moe\.": ".mlp.",
         r"\.mlp\.router\.(layer\.|gate\.)?(?=(weight|bias)$)": ".mlp.gate.",  # PhiMoE, GraniteMoE, HunYuan 3
-        r"\.experts\.N\.w1\.": ".experts.N.gate_proj.",
-        r"\.experts\.N\.w3\.": ".experts.N.up_proj.",
-        r"\.experts\.N\.w2\.": ".experts.N.down_proj.",
-        r"\.experts\.(gate_up|down)_projs\.N\.": r".experts.N.\1_proj.",  # gpt-oss in bitsandbytes' days
+        r"\.experts\.#\.w1\.": ".experts.#.gate_proj.",
+        r"\.experts\.#\.w3\.": ".experts.#.up_proj.",
+        r"\.experts\.#\.w2\.": ".experts.#.down_proj.",
+        r"\.experts\.(gate_up|down)_projs\.#\.": r".experts.#.\1_proj.",  # gpt-oss in bitsandbytes' days
     }.items()
 )
 

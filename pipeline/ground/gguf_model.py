@@ -29,8 +29,8 @@ class GgufConfig:
     rope_parameters: Mapping[str, Any] | None
 
     @property
-    def quantization(self) -> None:
-        return None  # what transformers would call it says nothing that the tensors do not
+    def quantization_config(self) -> dict[str, Any]:
+        return {}  # what transformers would call it says nothing that the tensors do not
 
     def read(self) -> dict[str, Any]:
         return {

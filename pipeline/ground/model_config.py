@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from pipeline.ground.errors import Refused
 from pipeline.ground.tables import read_table
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -25,8 +26,8 @@ class ConfigSource(Protocol):
         """Whether lm_head shares the embeddings; None where the config does not say."""
 
     @property
-    def quantization(self) -> str | None:
-        """The quant_method of a quantized checkpoint."""
+    def quantization_config(self) -> Mapping[str, Any]:
+        """How a quantized checkpoint says that it is, at whatever depth it says so; {} for others."""
 
     def read(self) -> dict[str, Any]: ...
 
@@ -52,12 +53,12 @@ class ConfigFile:
         return config.get("tie_word_embeddings", nested)
 
     @property
-    def quantization(self) -> str | None:
+    def quantization_config(self) -> dict[str, Any]:
         for config in _levels(self.read()):
-            for key in ("quantization_config", "compression_config"):
+            for key in QUANTIZATION_KEYS:
                 if isinstance(found := config.get(key), dict):
-                    return str(found.get("quant_method") or "an unnamed method")
-        return None
+                    return found
+        return {}
 
     def check(self) -> None:
         """Refused if it stands there and would have a loader run code."""
@@ -85,11 +86,18 @@ class ConfigFile:
 def edited(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
     """The config with fields changed.
 
-    `dtype` changes at every depth where it stood, under the key it had; `tie_word_embeddings` too, and
-    at the top; `vocab_size` at the top or in `text_config`, wherever it stood.
+    `dtype` changes at every depth where it stood, under the key it had; `tie_word_embeddings` too, and at
+    the top; `quantization_config: None` removes it at every depth; `vocab_size` changes at the top or in
+    `text_config`, wherever it stood.
     """
     changed = json.loads(json.dumps(config))
+    if edits.get(QUANTIZATION_KEYS[0], ...) is None:
+        for level in _levels(changed):
+            for key in QUANTIZATION_KEYS:
+                level.pop(key, None)
     for field, value in edits.items():
+        if field == QUANTIZATION_KEYS[0] and value is None:
+            continue
         if field == "tie_word_embeddings":
             for level in _levels(changed):
                 if level is changed or field in level:

@@ -11,6 +11,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol
 
+# What quantizers put beside a checkpoint; it says how to read codes, which no output holds any more.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
 
 class Group(Enum):
     """Files that belong together: a tokenizer comes as a set from one folder."""
@@ -109,7 +112,15 @@ def _module_files(folder: Path) -> list[Path]:
 def left_out(folder: Path, taken: Sequence[SideFile]) -> list[str]:
     """Files of a checkpoint's folder that are neither taken nor weights nor written anew."""
     names = {getattr(file, "name", "") for file in taken}
-    anew = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "config.json", "README.md", ".*")
+    anew = (
+        *QUANTIZATION_FILES,
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "*.gguf",
+        "config.json",
+        "README.md",
+        ".*",
+    )
     return [
         path.name
         for path in sorted(folder.iterdir())

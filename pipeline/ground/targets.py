@@ -22,6 +22,7 @@ from pipeline.ground.base_modules import (
     prefixes,
     suffixes,
 )
+from pipeline.ground.canonical_names import stack
 from pipeline.ground.errors import Refused
 from pipeline.ground.target_entries import meant_by, unanswered
 from pipeline.ground.target_rules import Test, is_all_linear, saving, targeting, wrong_fields
@@ -44,6 +45,8 @@ class Promise:
     """modules with LoRA, each with the base's weight, that the file has or must have"""
     unmet: Mapping[str, tuple[str, ...]]
     """by field of the config: its entries that no module of the file answers, though one must"""
+    gone: int
+    """parameters of what modules_to_save lists and the file lacks, as far as the base tells"""
     lost: tuple[str, ...]
     """modules that the file lacks though it has others of their kind, or of their layers"""
     slips: Mapping[str, tuple[str, ...]]
@@ -86,13 +89,13 @@ def unkept(
         return [f"{CONFIG}: {sentence}" for sentence in wrong], []
     found = promise(config, file_modules, base, num_layers, renames)
     refusals = [
-        f"has nothing for {_quoted(entries)}, which {CONFIG} lists in {field}{_size(field, entries, base)}"
+        f"has nothing for {_quoted(entries)}, which {CONFIG} lists in {field}"
+        + (f": {found.gone:,} parameters" if field == "modules_to_save" and found.gone else "")
         for field, entries in found.unmet.items()
     ]
     if found.lost:
-        refusals.append(
-            f"has nothing for {_some(found.lost)}, which {CONFIG} promises: it has others like it"
-        )
+        were = "was" if len(found.lost) == 1 else "were"
+        refusals.append(f"has nothing for {_some(found.lost)}, which {CONFIG} says {were} trained")
     return refusals, list(_findings(found))
 
 
@@ -100,11 +103,11 @@ def _findings(found: Promise) -> Iterator[str]:
     for field, entries in found.slips.items():
         yield f"{CONFIG} lists {_quoted(entries)} in {field}, which neither the file nor the base has"
     for tower, count in found.apart.items():
-        yield f"has nothing under '{tower}', where {CONFIG} means {count} modules if its model had them"
+        yield f"has none of the {count} modules under '{tower}' that {CONFIG} means; right if its model lacked them"
     if found.unsure:
-        yield f"has nothing for {_some(found.unsure)}, which {CONFIG} means if its model had it"
+        yield f"has nothing for {_some(found.unsure)}, which {CONFIG} means; right if its model lacked them"
     if found.shared:
-        yield f"has nothing for {_some(found.shared)}, as models have it that share keys between layers"
+        yield f"has nothing for {_some(found.shared)}; right if its last layers take keys of earlier ones"
 
 
 def _quoted(entries: Sequence[str]) -> str:
@@ -114,13 +117,6 @@ def _quoted(entries: Sequence[str]) -> str:
 
 def _some(modules: Sequence[str]) -> str:
     return f"'{modules[0]}'" + (f" and {len(modules) - 1:,} more modules" if len(modules) > 1 else "")
-
-
-def _size(field: str, entries: Sequence[str], base: Mapping[str, tuple[int, ...]]) -> str:
-    """How many parameters were saved whole and are gone, as far as the base tells."""
-    saved = saving({field: list(entries)})
-    total = sum(prod(shape) for name, shape in base.items() if saved(name.rpartition(".")[0]))
-    return f": {total:,} trained parameters" if total else ""
 
 
 def promise(
@@ -136,7 +132,7 @@ def promise(
     targeted, saved = targeting(config), saving(config)
     unmet, slips = _unmet_and_slips(config, held, known, targeted)
     trained = {m.name: m for m in known.modules if m.is_matrix and _is_meant(m, config, known, targeted)}
-    told = set(unmet.get("target_modules", ()))
+    told, pattern = set(unmet.get("target_modules", ())), isinstance(config.get("target_modules"), str)
     missing = [m for m in trained.values() if m.name not in held and told.isdisjoint(suffixes(m.name))]
     unsure = {m.name for m in missing if m.kind not in known.kinds and _is_unsure(m, config, known)}
     shared = _shared_keys([m for m in missing if m.name not in unsure], trained.values(), held)
@@ -144,14 +140,21 @@ def promise(
     lost |= {m.name for m in known.modules if m.kind in known.kinds and saved(m.name)} - held
     if config.get("target_parameters"):
         lost.update(known.lacking({m for m in held if not targeted(m) and not saved(m)}))
+    apart = {tower: meant for tower, names in known.apart.items() if (meant := list(filter(targeted, names)))}
+    if pattern and not any(map(stack, known.own)):  # not one layer of any tower
+        lost |= {name for names in apart.values() for name in names}
+        apart = {}
+    gone = saving({"modules_to_save": unmet.get("modules_to_save")})
+    spared = unsure | shared
     return Promise(
-        {name: m.weight for name, m in trained.items() if name not in unsure | shared},
+        {name: m.weight for name, m in trained.items() if name not in spared},
         unmet,
+        sum(prod(base[m.weight]) for m in known.modules if gone(m.name)),
         tuple(sorted(lost, key=by_number)),
         slips,
         tuple(n for n in sorted(unsure, key=by_number) if held.isdisjoint(prefixes(n))),
         tuple(sorted(shared, key=by_number)),
-        {tower: n for tower, names in known.apart.items() if (n := sum(map(targeted, names)))},
+        {tower: len(names) for tower, names in apart.items()},
     )
 
 
@@ -180,6 +183,8 @@ def _is_meant(module: Module, config: Mapping[str, Any], known: BaseModules, tar
     if config.get("target_modules") is None:  # by PEFT's table, which the file shows well enough
         return module.kind in known.kinds and targeted(module.name)
     # A VLM's files may have it under language_model; in memory it is always on top.
+    if is_all_linear(config) and module.dims != 2:
+        return False
     return targeted(module.name) or (module.canonical == "lm_head" and targeted("lm_head"))
 
 
@@ -191,7 +196,9 @@ def _is_unsure(module: Module, config: Mapping[str, Any], known: BaseModules) ->
         return not by_pattern or last not in _ENDS or config.get("task_type") not in _GENERATING
     if "experts" in module.canonical.split(".") or _ROUTER.fullmatch(module.canonical):
         return True
-    return module.stack in known.strange or (is_all_linear(config) and not _LINEAR.fullmatch(last))
+    if is_all_linear(config) and (config.get("target_parameters") or not _LINEAR.fullmatch(last)):
+        return True
+    return module.stack in known.strange
 
 
 def _shared_keys(missing: Iterable[Module], meant: Collection[Module], held: Collection[str]) -> set[str]:

@@ -104,7 +104,7 @@ def _bare_parameter(trained: Trained, A: Entry) -> str | None:
     depth = 0
     while owner.endswith(NESTED):
         owner, depth = owner.removesuffix(NESTED), depth + 1
-    parameters = []
+    parameters: list[str] = []
     for target in sorted(set(trained.config.get("target_parameters") or [])):
         path, _, parameter = target.rpartition(".")
         if path:

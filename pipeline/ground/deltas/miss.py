@@ -37,9 +37,10 @@ class Miss(Delta):
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         r, mini_r = self.B.shape
-        if len(shape) == 2 and (shape[1] < r or shape[0] % mini_r):
+        told = super().misfit(shape)
+        if told is None and (shape[1] < r or shape[0] % mini_r):
             return f"was made for at least {r} inputs and outputs in groups of {mini_r}"
-        return super().misfit(shape)
+        return told
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:
@@ -75,10 +76,8 @@ class MissBat(Delta):
         return f"MiSS bat r {self.B.shape[1]}"
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        r = self.B.shape[1]
-        if len(shape) == 2 and shape[1] % r:
-            return f"was made for inputs in groups of {r}"
-        return super().misfit(shape)
+        told, r = super().misfit(shape), self.B.shape[1]
+        return f"was made for inputs in groups of {r}" if told is None and shape[1] % r else told
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:

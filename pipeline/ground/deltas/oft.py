@@ -54,9 +54,10 @@ class Oft(Delta):
                 "would need kernels of one pixel (PEFT trains OFT on larger ones with overlapping patches "
                 "that it sums up, which no kernel computes and its own merge does not give)"
             )
-        if len(shape) > 1 and shape[1] % self.size:
+        told = super().misfit(shape)
+        if told is None and shape[1] % self.size:
             return f"was made for inputs in blocks of {self.size}"
-        return super().misfit(shape)
+        return told
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:

@@ -41,9 +41,10 @@ class Shira(Delta):
         return told + (f" scale {factor:g}" if factor != 1 else "")
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) == 2 and self.r * sum(shape) != self.values.shape[0]:
-            return f"was made for a weight whose sides add up to {self.values.shape[0] // self.r}"
-        return super().misfit(shape)
+        told, sides = super().misfit(shape), self.values.shape[0] // self.r
+        if told is None and sum(shape) != sides:
+            return f"was made for a weight whose sides add up to {sides}"
+        return told
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:

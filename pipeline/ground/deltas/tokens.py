@@ -45,9 +45,10 @@ class TokenRows(Delta):
         return f"{len(self.indices)} token rows"
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) == 2 and max(self.indices, default=0) >= shape[0]:
-            return f"has a row for token {max(self.indices)}, beyond a vocabulary of {shape[0]}"
-        return super().misfit(shape)
+        told, last = super().misfit(shape), max(self.indices, default=-1)
+        if told is None and last >= shape[0]:
+            return f"has a row for token {last}, beyond a vocabulary of {shape[0]}"
+        return told
 
     def turned(self) -> TokenRows:
         return self  # no embedding lies transposed

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.ground.codes.code import Code
 from pipeline.ground.errors import Refused
 from pipeline.stage import Dequantize, stage
-from pipeline.stages.dequantize.auto import dense, plain
+from pipeline.stages.dequantize.auto import dense
 from pipeline.weight import Checkpoint, Stored, Weight
 
 
@@ -16,11 +17,10 @@ class NoDequantize(Dequantize):
     """Only a base of plain numbers, as it is."""
 
     def __call__(self, stored: Checkpoint[Stored]) -> Checkpoint[Weight]:
-        return dense(stored, _weight)
-
-
-def _weight(stored: Stored) -> Weight:
-    if weight := plain(stored):
-        return weight
-    codes = stored.parts[""].dtype
-    raise Refused(f"dequantize: '{stored.name}' is stored as {codes} codes; use dequantize=auto")
+        for weight in stored.weights:
+            if isinstance(weight.held, Code):
+                raise Refused(
+                    f"dequantize: '{weight.name}' is stored as {weight.held.describe} codes; "
+                    "use dequantize=auto"
+                )
+        return dense(stored)

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from pipeline.ground import hub
-from pipeline.ground.codes.gguf import row_bytes
+from pipeline.ground.codes.gguf import GgufCode, row_bytes
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import Extent, File
 from pipeline.ground.gguf import GgufHeader, GgufTensor, read_gguf
@@ -80,4 +80,4 @@ def _stored(name: str, tensor: GgufTensor, header: GgufHeader, architecture: str
     if change and rows % change.grain:
         raise Refused(f"tensor '{tensor.name}' has {rows} rows, which are no heads of {change.grain}")
     entry = Entry(tensor.name, tensor.type, tensor.shape, Extent(file, tensor.offset, tensor.length))
-    return Stored(name, tensor.shape, "BF16", {"": entry}, change)
+    return Stored(name, tensor.shape, "BF16", GgufCode(tensor.shape, entry, change))

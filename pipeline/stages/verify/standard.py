@@ -15,6 +15,7 @@ from pipeline.ground import logits
 from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.errors import Refused
+from pipeline.ground.model_config import edited
 from pipeline.ground.progress import Progress
 from pipeline.ground.reference import Facts, Folder, Reference, compare, sampled_rows, size_of_terms
 from pipeline.ground.report import Action, Gate, Report, Status
@@ -278,7 +279,7 @@ def base_model(base: Checkpoint[Weight], merged: Checkpoint[Weight]) -> Callable
                 state[weight.name] = tiles(0, weight.num_rows).value.float().view(weight.shape)
         from transformers import AutoConfig
 
-        config = base.config.read()
+        config = edited(base.config.read(), base.config_edits)
         made = AutoConfig.for_model(**config)
         return cls.from_pretrained(None, config=made, state_dict=state, dtype=torch.float32)
 

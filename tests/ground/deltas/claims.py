@@ -19,7 +19,7 @@ from pipeline.ground.deltas.kind import Kind
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.rounding import round_to
-from tests.ground.deltas.parity import deltas, merged_by_peft, merged_by_us, write_adapter
+from tests.ground.deltas.parity import PREFIX, deltas, merged_by_peft, merged_by_us, write_adapter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS = "adapter_model.safetensors"
@@ -51,7 +51,8 @@ class Merges:
 
     def adapter(self, name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """A tensor of the adapter's file."""
-        return load_file(self.folder / WEIGHTS)[f"base_model.model.{name}"].to(dtype)
+        key = name if name.startswith(PREFIX) else f"{PREFIX}{name}"
+        return load_file(self.folder / WEIGHTS)[key].to(dtype)
 
 
 def model(make: Make, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -70,13 +71,14 @@ def merges(
     config: PeftConfig,
     dtype: torch.dtype = torch.float32,
     turned: bool = False,
+    block: int = 5,
 ) -> Merges:
     """A random adapter of this config, written by PEFT, merged by both."""
     write_adapter(folder, model(make, dtype), config)
     base = {name: weight.clone() for name, weight in model(make, dtype).state_dict().items()}
     found = deltas(folder, kind)
     theirs = merged_by_peft(model(make, dtype), folder)
-    return Merges(base, found, merged_by_us(base, found, turned), theirs, folder)
+    return Merges(base, found, merged_by_us(base, found, turned, block=block), theirs, folder)
 
 
 def wide_rows(delta: Delta, weight: torch.Tensor) -> torch.Tensor:
@@ -101,20 +103,24 @@ def _rows(delta: Delta, weight: torch.Tensor, step: int, dtype: str = "F64") -> 
     return torch.cat(parts)
 
 
-def refusal(
+def rewrite(
     folder: Path,
-    kind: Kind,
     drop: Iterable[str] = (),
     tensors: Mapping[str, torch.Tensor] | None = None,
     **config: Any,
-) -> str:
-    """The sentence for an adapter folder after tensors and fields of it were dropped or replaced."""
+) -> None:
+    """Drops or replaces tensors and fields of an adapter folder."""
     stored = load_file(folder / WEIGHTS)
-    stored = {name: value for name, value in stored.items() if not name.endswith(tuple(drop) or "\0")}
-    stored.update({f"base_model.model.{name}": value for name, value in (tensors or {}).items()})
+    stored = {name: value for name, value in stored.items() if not name.endswith(tuple(drop))}
+    stored.update({f"{PREFIX}{name}": value.contiguous() for name, value in (tensors or {}).items()})
     save_file(stored, folder / WEIGHTS)
     fields = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**fields, **config}))
+
+
+def refusal(folder: Path, kind: Kind, **changes: Any) -> str:
+    """The sentence for an adapter folder that was rewritten so."""
+    rewrite(folder, **changes)
     with pytest.raises(Refused) as refused:
         deltas(folder, kind)
     return str(refused.value)

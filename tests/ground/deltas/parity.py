@@ -15,6 +15,7 @@ from pipeline.ground.deltas.kind import Kind, Trained
 from pipeline.ground.rounding import round_to
 from pipeline.ground.shards import Entry, read_shard
 
+WHOLE = 2**20  # as a block: all rows at once
 PREFIX = "base_model.model."
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -55,9 +56,16 @@ def deltas(folder: Path, kind: Kind) -> list[Delta]:
 
 
 def merged_by_us(
-    state: Mapping[str, torch.Tensor], found: list[Delta], turned: bool = False, wide: str = "F32"
+    state: Mapping[str, torch.Tensor],
+    found: list[Delta],
+    turned: bool = False,
+    wide: str = "F32",
+    block: int = 5,
 ) -> dict[str, torch.Tensor]:
-    """The base's weights with these deltas, by blocks of rows as a stream would ask for them."""
+    """The base's weights with these deltas, by blocks of rows as a stream would ask for them.
+
+    The order of BLAS's sums depends on the block: bits of what is a product are compared WHOLE.
+    """
     merged = dict(state)
     placed = []
     for delta in found:
@@ -74,7 +82,7 @@ def merged_by_us(
         kind = torch.float64 if wide == "F64" else torch.float32
         parts = []
         with delta.open("cpu", wide, 1.0, lambda start, stop, W=W: W[start:stop]) as rows:  # type: ignore[misc]
-            step = -(-5 // delta.grain) * delta.grain  # an odd number of blocks, the last one smaller
+            step = -(-block // delta.grain) * delta.grain  # an odd number of blocks, the last one smaller
             for start in range(0, delta.num_rows, step):
                 stop = min(start + step, delta.num_rows)
                 part = rows(start, stop, W[start:stop])
