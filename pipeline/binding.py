@@ -80,7 +80,8 @@ def _bind(
 ) -> None:
     sites = _sites(names, delta)
     if not sites:
-        bound.homeless.append(delta)
+        if not (delta.optional and names.find(delta.module, "weight")):
+            bound.homeless.append(delta)
     elif isinstance(delta, Saved) and (whole := _whole(weights[sites[0].weight], delta)):
         bound.whole[whole.name] = whole
     else:

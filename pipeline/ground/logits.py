@@ -168,7 +168,8 @@ def _adapted(models: Models, cls: type, device: str) -> Any:
         if model is None:
             model = PeftModel.from_pretrained(models.base(cls), str(folder), adapter_name=name)
         loaded = model.load_adapter(str(folder), name)  # the first once more, for what it could not place
-        if lost := [*loaded.missing_keys, *loaded.unexpected_keys]:
+        missing = [key for key in loaded.missing_keys if "vector_bank" not in key]  # VBLoRA's is shared
+        if lost := [*missing, *loaded.unexpected_keys]:
             raise CannotCompare(
                 f"PEFT itself does not take {len(lost)} tensors of this adapter, as {lost[0]}"
             )

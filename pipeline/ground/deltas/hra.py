@@ -45,8 +45,8 @@ class Hra(Delta):
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:
-        U = read_entry(self.u, device, "F64")
-        left, right = (part.to(torch_dtype(dtype)) for part in reflections(U, self.orthogonal))
+        factors = reflections(read_entry(self.u, "cpu", "F64"), self.orthogonal)  # not all devices have F64
+        left, right = (factor.to(device, torch_dtype(dtype)) for factor in factors)
 
         def rows(start: int, stop: int, W: Tensor) -> Tensor:
             W = W.to(torch_dtype(dtype))

@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
-from pipeline.ground.deltas import lora_family
+from pipeline.ground.deltas import (
+    adalora,
+    boft,
+    c3a,
+    delora,
+    fourierft,
+    gralora,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora_family,
+    miss,
+    oft,
+    randlora,
+    shira,
+    tokens,
+    vblora,
+    vera,
+)
 from pipeline.ground.deltas.kind import Kind
 
-KINDS: dict[str, Kind] = {kind.peft_type: kind for kind in (lora_family.KIND,)}
+_FILES = (
+    lora_family,
+    adalora,
+    boft,
+    c3a,
+    delora,
+    fourierft,
+    gralora,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    miss,
+    oft,
+    randlora,
+    shira,
+    tokens,
+    vblora,
+    vera,
+)
+KINDS: dict[str, Kind] = {file.KIND.peft_type: file.KIND for file in _FILES}
 
 _PROMPT = "it puts trained tokens before the prompt and changes no weight"
 _ROUTED = "it mixes adapters by the input"

@@ -6,7 +6,7 @@ With use_effective_conv2d a kernel's products are w(out, in, k, l) = sum t(i, j,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,22 +48,23 @@ class Loha(Delta):
 
     @contextmanager
     def open(self, device: str, dtype: str, factor: float, base: Base) -> Iterator[RowsOf]:
-        (left1, right1), (left2, right2) = (_factors(p, device, dtype) for p in self.products)
+        first, second = (_rows_of(product, device, dtype) for product in self.products)
 
         def rows(start: int, stop: int, W: Tensor) -> Tensor:
-            return (left1[start:stop] @ right1) * (left2[start:stop] @ right2) * (self.scale * factor)
+            return first(start, stop) * second(start, stop) * (self.scale * factor)
 
         yield rows
 
 
-def _factors(product: tuple[Entry, ...], device: str, dtype: str) -> tuple[Tensor, Tensor]:
-    """(out, r) and (r, in) or (r, in * k * l), whose product it is."""
+def _rows_of(product: tuple[Entry, ...], device: str, dtype: str) -> Callable[[int, int], Tensor]:
+    """Its rows (stop - start, in * k * l); a kernel's are summed over w_b's rank first, as PEFT does."""
     import torch
 
     w_a, w_b, *core = (read_entry(entry, device, dtype) for entry in product)
-    if core:
-        return w_a.T.contiguous(), torch.einsum("ijkl,jr->irkl", core[0], w_b).flatten(1)
-    return w_a, w_b
+    if not core:
+        return lambda start, stop: w_a[start:stop] @ w_b
+    right = torch.einsum("ijkl,jr->rkli", core[0], w_b).reshape(-1, w_a.shape[0])
+    return lambda start, stop: (right @ w_a[:, start:stop]).T
 
 
 def read(trained: Trained) -> list[Delta]:

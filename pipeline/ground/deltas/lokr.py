@@ -37,10 +37,6 @@ class Lokr(Delta):
     def entries(self) -> tuple[Entry, ...]:
         return (*self.w1, *self.w2)
 
-    @property
-    def state_bytes(self) -> int:
-        return super().state_bytes + (8 * self.w2[0].shape[0] * self.num_columns if len(self.w2) > 2 else 0)
-
     def describe(self, factor: float) -> str:
         return f"LoKr scale {self.scale * factor:g}"
 
@@ -51,19 +47,20 @@ class Lokr(Delta):
         w1 = [read_entry(entry, device, dtype) for entry in self.w1]
         left = w1[0] @ w1[1] if len(w1) > 1 else w1[0]
         w2 = [read_entry(entry, device, dtype) for entry in self.w2]
-        if len(w2) > 2:
-            w2 = [w2[0].T.contiguous(), torch.einsum("ijkl,jr->irkl", w2[2], w2[1]).flatten(1)]
-        scale = self.scale * factor
+        a, b, scale = len(left), w2[0].shape[1 if len(w2) > 2 else 0], self.scale * factor
+
+        def right(j: Tensor) -> Tensor:
+            if len(w2) > 2:
+                return torch.einsum("ijkl,ib,jd->bdkl", w2[2], w2[0][:, j], w2[1])
+            return w2[0][j] if len(w2) == 1 else w2[0][j] @ w2[1]
 
         def rows(start: int, stop: int, W: Tensor) -> Tensor:
             at = torch.arange(start, stop, device=device)
             if w2[0].ndim == 3:  # PEFT's kron of (a, c) and (b, d, k) is (b, a * d, c * k), and trained so
-                i, j = at % len(left), at // len(left)
-                value = left[i][:, None, :, None] * w2[0][j][:, :, None, :]
+                value = left[at % a][:, None, :, None] * right(at // a)[:, :, None, :]
             else:
-                i, j = at // len(w2[0]), at % len(w2[0])
-                right = w2[0][j].flatten(1) if len(w2) == 1 else w2[0][j] @ w2[1]
-                value = left[i][:, :, None] * right[:, None, :]
+                w2_rows = right(at % b) if len(at) < b else right(torch.arange(b, device=device))[at % b]
+                value = left[at // b][:, :, None] * w2_rows.flatten(1)[:, None, :]
             return (value * scale).flatten(1)
 
         yield rows

@@ -75,7 +75,7 @@ class RandLora(Delta):
         scale = self.scale * factor
 
         def rows(start: int, stop: int, W: Tensor) -> Tensor:
-            return (left[start:stop] @ right).mul_(scale)
+            return (right.T @ left[start:stop].T).T.contiguous().mul_(scale)  # turned, as PEFT has it
 
         yield rows
 

@@ -3,7 +3,7 @@ arXiv:2310.11454).
 
 Each module takes the first columns of A (r, largest in) and the first rows of B (largest out, r). With
 save_projection=false the file lacks them: they are drawn again from projection_prng_key and rounded to
-the base's dtype, in which PEFT creates them.
+the dtype of the base's values, in which PEFT creates them (a decoded base has float32 ones).
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class Vera(Delta):
         return f"VeRA rank {self.rank}" + (f" times {factor:g}" if factor != 1 else "")
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        limit = self.saved[0].shape[1] if self.saved else None
-        if len(shape) == 2 and limit is not None and shape[1] > limit:
-            return f"shares a vera_A of {limit} columns, fewer than the weight's {shape[1]}"
+        if len(shape) != 2:
+            return "was made for a matrix"
+        if self.saved and shape[1] > self.saved[0].shape[1]:
+            return f"shares a vera_A of {self.saved[0].shape[1]} columns, fewer than the weight's {shape[1]}"
         return super().misfit(shape)
 
     def among(self, deltas: Sequence[Delta]) -> Vera:

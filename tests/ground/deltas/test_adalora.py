@@ -25,7 +25,7 @@ from tests.ground.deltas.claims import (
     wide_rows,
 )
 from tests.ground.deltas.parity import WHOLE, deltas, merged_by_peft, merged_by_us
-from tests.tolerance import FLOAT64_SLACK
+from tests.tolerance import FLOAT64_SLACK, within_half_ulp
 
 LAYERS = {
     "linear": lambda: nn.Sequential(nn.Linear(11, 13), nn.Linear(13, 7)),
@@ -103,7 +103,7 @@ def test_peft_reloads_a_pruned_adapter_without_alpha_at_another_scale(tmp_path: 
     assert found.different == []
     reloaded = merged_by_peft(model(LAYERS["linear"]), tmp_path)["0.weight"]
     W, D = found.base["0.weight"], wide_rows(found.deltas[0], found.base["0.weight"])
-    assert torch.equal(reloaded, (W + (D * 3 / 5)).float())
+    assert within_half_ulp(reloaded, W + D * 3 / 5, "F32", W.abs() + D.abs())
 
 
 def test_peft_rounds_a_pruned_adapter_to_the_base_while_it_loads(tmp_path: Path) -> None:
@@ -137,21 +137,3 @@ def test_fields_that_cannot_be_are_named() -> None:
         "lora_alpha is '8', not a finite number",
         "rank_pattern is {'0': [1, 0]}, not a table of names and lists of true and false",
     ]
-    assert set(AdaLoraConfig(total_step=1).to_dict()) <= KIND.fields | set(KIND.refused) | {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "task_type",
-    }

@@ -65,8 +65,9 @@ def test_bits_are_those_of_pefts_safe_merge(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_pefts_other_merge_adds_is_rounded_before(tmp_path: Path, dtype: torch.dtype) -> None:
     found = merges(tmp_path, KIND, LAYERS["linear"], config(), dtype, block=WHOLE)
-    added = merged_by_us({n: torch.zeros_like(w) for n, w in found.base.items()}, found.deltas)
-    assert all(torch.equal(found.base[n] + added[n], found.theirs[n]) for n in found.theirs)
+    nothing = {name: torch.zeros_like(weight) for name, weight in found.base.items()}
+    added = merged_by_us(nothing, found.deltas, block=WHOLE)
+    assert all(torch.equal(found.base[name] + added[name], found.theirs[name]) for name in found.theirs)
 
 
 @pytest.mark.parametrize("bases", BASES)
@@ -125,7 +126,10 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         "do not cover that"
     )
     assert refusal(tmp_path, KIND, drop=["0.randlora_gamma"]).endswith("but no randlora_gamma")
-    assert refusal(tmp_path, KIND, drop=["0.randlora_lambda", "base_model.randlora_A"]).endswith("_gamma")
+    odd = {"0.randlora_gamma": torch.ones(4, 11), "0.randlora_lambda": torch.ones(3, 4)}
+    assert refusal(tmp_path, KIND, drop=["base_model.randlora_A"], tensors=odd) == (
+        "'0' needs randlora_A, which the file does not hold"
+    )
     fields = {"r": 3, "randlora_alpha": None, "projection_prng_key": 2**64, "sparse": "yes"}
     assert [sentence.split(" is ")[0] for sentence in KIND.wrong(fields)] == [
         "randlora_alpha",

@@ -19,10 +19,11 @@ from tests.ground.deltas.claims import (
     WEIGHTS,
     does_not_depend_on_cuts,
     merges,
+    model,
     refusal,
     wide_rows,
 )
-from tests.ground.deltas.parity import WHOLE, deltas, merged_by_us
+from tests.ground.deltas.parity import WHOLE, deltas, merged_by_peft, merged_by_us
 from tests.tolerance import FLOAT64_SLACK
 
 LAYERS = {
@@ -53,7 +54,7 @@ def test_bits_are_pefts(tmp_path: Path, layer: str, form: str, dtype: torch.dtyp
 
 
 def test_logits_of_few_values_choose_the_same_vectors(tmp_path: Path) -> None:
-    """Equal logits, as files in half precision have them, leave the choice to torch.topk: on the CPU always."""
+    """Equal logits, as files in half precision have them, leave the choice to torch.topk on the CPU."""
     found = merges(tmp_path, KIND, LAYERS["linear"], config(num_vectors=12))
     stored = load_file(tmp_path / WEIGHTS)
     save_file({k: v.mul(4).round() if "logits" in k else v for k, v in stored.items()}, tmp_path / WEIGHTS)
@@ -88,13 +89,14 @@ def test_rows_are_the_formula_in_float64_in_any_cut(tmp_path: Path, form: str) -
 
 
 def test_a_last_weight_that_rounds_below_zero_is_none(tmp_path: Path) -> None:
-    """The first weights may sum to a little over 1 in float32; PEFT takes a logarithm of the rest then: NaN."""
+    """The first weights may sum to a little over 1; PEFT takes a logarithm of the rest then: NaN."""
     found = merges(tmp_path, KIND, LAYERS["linear"], config(**FORMS["top 2"]))
     stored = load_file(tmp_path / WEIGHTS)
     name = "base_model.model.0.vblora_logits_A_topk_weights"
     stored[name] = torch.full_like(stored[name], 1 + 2**-23)
     save_file(stored, tmp_path / WEIGHTS)
     assert merged_by_us(found.base, deltas(tmp_path, KIND))["0.weight"].isfinite().all()
+    assert merged_by_peft(model(LAYERS["linear"]), tmp_path)["0.weight"].isnan().any()
 
 
 def test_an_index_beyond_the_bank_stops_the_run(tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     odd = {"0.vblora_logits_A": torch.zeros(3, 2, 12)}
     assert refusal(tmp_path, KIND, tensors=odd).endswith("but save_only_topk_weights is set")
     drop = ["0.vblora_logits_A", "1.vblora_logits_B_topk_weights", "0.vblora_logits_A_topk_indices"]
-    assert refusal(tmp_path, KIND, drop).endswith("but no vblora_logits_A_topk_indices")
+    assert refusal(tmp_path, KIND, drop=drop).endswith("but no vblora_logits_A_topk_indices")
     good = {"r": 3, "num_vectors": 12, "vector_length": 5, "topk": 2}
     assert KIND.wrong(good) == []
     assert KIND.wrong({**good, "topk": 13}) == ["topk is 13, more than the 12 vectors there are"]

@@ -92,6 +92,7 @@ def test_a_drawn_projection_is_as_large_as_the_largest_of_all_modules(tmp_path: 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     found = merges(tmp_path, KIND, LAYERS["linear"], config())
     assert found.deltas[0].misfit((13, 18)) == "shares a vera_A of 17 columns, fewer than the weight's 18"
+    assert found.deltas[0].misfit((13, 11, 1, 1)) == "was made for a matrix"
     assert found.deltas[0].misfit((12, 11)) == "was made for a weight [13, -1]"
     assert refusal(tmp_path, KIND, r=5) == "'0' has vera_lambda_d [4], 5 of 5 being 5"
     assert refusal(tmp_path, KIND, tensors={"0.vera_lambda_b": torch.ones(20)}, r=4) == (
@@ -101,7 +102,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     stored = load_file(tmp_path / WEIGHTS)
     save_file({k: v for k, v in stored.items() if k != "base_model.vera_B"}, tmp_path / WEIGHTS)
     drop = ["0.vera_lambda_d"]
-    assert refusal(tmp_path, KIND, drop) == "'1' needs vera_B, which the file does not hold"
+    assert refusal(tmp_path, KIND, drop=drop) == "'1' needs vera_B, which the file does not hold"
     assert KIND.wrong({"r": 4, "projection_prng_key": None, "save_projection": 1}) == [
         "save_projection is 1, neither true nor false",
         "projection_prng_key is None, not a seed, so what it drew cannot be drawn again",
