@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.ground import dtypes, tiles
 from pipeline.ground.manifest import published
-from pipeline.ground.report import Action, Plan, PlannedWeight
+from pipeline.ground.report import Action, Plan, PlannedWeight, unique
 from pipeline.ground.shards import SINGLE, Shard, Slot, lay_out
 from pipeline.weight import Adapter, Checkpoint, FromAdapter, Merged, Part, ShardLayout, Weight
 
@@ -144,7 +144,7 @@ def describe(
         "weights": tuple(place.planned() for shard in shards for place in shard.places),
         "shards": {shard.name: shard.size for shard in shards},
         "num_parameters": sum(prod(weight.shape) for weight in merged.weights),
-        "findings": (*merged.findings, *adapter.findings),
+        "findings": tuple(unique(merged.findings, adapter.findings)),
     }
     return Plan(**{**told, **more})
 

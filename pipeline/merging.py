@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from pipeline.binding import Bound, bind, unknown_modules
 from pipeline.ground.errors import Refused
+from pipeline.heads import is_head, labels, with_heads
 from pipeline.tying import EMBEDDINGS, HEADS, Tied, settle
 from pipeline.weight import Adapter, Checkpoint, Merged, Placed, Weight
 
@@ -22,14 +23,16 @@ def merged(
     """The checkpoint whose weights are base + factor * delta in `arithmetic`; Refused for a misfit."""
     base, adapter = settle(base, adapter, tied)
     bound = bind(base, adapter, factor, renames)
-    if bound.homeless:
-        raise Refused(unknown_modules(base, bound.homeless))
+    base, homeless = with_heads(base, adapter, bound.homeless)
+    if homeless:
+        raise Refused(unknown_modules(base, homeless))
     _check_vocabulary(base, bound)
     weights = tuple(_merged(weight, bound, arithmetic) for weight in base.weights)
+    heads = [w for w in bound.whole.values() if is_head(w.name) and w.name.endswith(".weight")]
     return replace(
         base,
         weights=weights,
-        config_edits={**base.config_edits, **_vocabulary(bound)},
+        config_edits={**base.config_edits, **_vocabulary(bound), **labels(heads)},
         findings=(*base.findings, *(f for f in adapter.findings if f not in base.findings)),
     )
 

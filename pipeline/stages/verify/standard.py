@@ -276,9 +276,11 @@ def _sampled_effect(facts: dict[str, Facts]) -> Gate:
 def base_model(base: Checkpoint[Weight], merged: Checkpoint[Weight]) -> Callable[[type], Any]:
     """How to get the base in float32, from its folder or decoded weights, with room for new tokens."""
 
+    edits = merged.config_edits
+
     def load(cls: Any) -> Any:
         model = plain(cls)
-        if vocabulary := merged.config_edits.get("vocab_size"):
+        if vocabulary := edits.get("vocab_size"):
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
         return model
 
@@ -286,7 +288,10 @@ def base_model(base: Checkpoint[Weight], merged: Checkpoint[Weight]) -> Callable
         import torch
 
         if all(weight.source is not None for weight in base.weights):
-            return cls.from_pretrained(base.origin.folder, dtype=torch.float32, trust_remote_code=False)
+            labels = {"num_labels": len(edits["id2label"])} if "id2label" in edits else {}
+            return cls.from_pretrained(
+                base.origin.folder, dtype=torch.float32, trust_remote_code=False, **labels
+            )
         state = {}
         for weight in base.weights:
             with weight.open("cpu") as tiles:

@@ -20,26 +20,24 @@ from pipeline.ground.deltas import (
 )
 from pipeline.ground.deltas.kind import Kind
 
-COMMON = set(
-    [
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "task_type",
-    ]
-)
+COMMON = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+}
 CONFIGS = {
     peft.AdaLoraConfig: adalora.KIND,
     peft.C3AConfig: c3a.KIND,
