@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pipeline.ground import tiles
@@ -28,23 +27,9 @@ class Combined(Merged):
 
     combination: Combination
 
-    @cached_property
-    def parts(self) -> dict[int, list[Placed]]:
-        """The pieces of each adapter."""
-        numbers = dict.fromkeys(placed.part for placed in self.placed)
-        return {number: [p for p in self.placed if p.part == number] for number in numbers}
-
     @property
     def bytes_per_element(self) -> int:
-        return super().bytes_per_element + self._deltas_per_element
-
-    @property
-    def _deltas_per_element(self) -> int:
-        return 0
-
-    @property
-    def state_bytes(self) -> int:
-        return super().state_bytes
+        return super().bytes_per_element
 
     @contextmanager
     def open(self, device: str) -> Iterator[Tiles]:

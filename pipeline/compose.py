@@ -56,6 +56,8 @@ class Root:
     """renames {from: to} from adapter modules to checkpoint names"""
     tied: Tied = Tied.auto
     """when an adapter changes embeddings that lm_head shares: auto, untie, shared or refuse"""
+    seed: int = 0
+    """for everything random: the same one gives the same bytes"""
     memory_limit: Any = None
     """memory for tiles and models beyond the libraries, as 4GB; default: what is free"""
     report: str | None = None

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from pipeline.combined import Combined
+from pipeline.contents import contents
 from pipeline.ground import dtypes, tiles
 from pipeline.ground.manifest import published
 from pipeline.ground.report import Action, Plan, PlannedWeight, unique
@@ -139,14 +141,21 @@ def describe(
     arithmetic = {w.arithmetic for w in merged.weights if isinstance(w, Merged)}
     told = {
         "base": published(merged.origin).name,
-        "adapter": " + ".join(_name(part) for part in adapter.parts),
+        "adapter": _names(merged, adapter),
         "merge_dtype": ", ".join(sorted(dtypes.config_name(dtype) for dtype in arithmetic)),
         "weights": tuple(place.planned() for shard in shards for place in shard.places),
         "shards": {shard.name: shard.size for shard in shards},
         "num_parameters": sum(prod(weight.shape) for weight in merged.weights),
         "findings": tuple(unique(merged.findings, adapter.findings)),
     }
-    return Plan(**{**told, **more})
+    return Plan(**{**told, "contents": contents(adapter), **more})
+
+
+def _names(merged: Checkpoint[Weight], adapter: Adapter) -> str:
+    """The adapters with their weights, and how they are combined if not by their sum."""
+    names = " + ".join(_name(part) for part in adapter.parts)
+    ways = {w.combination.describe() for w in merged.weights if isinstance(w, Combined)}
+    return f"{names} ({'; '.join(sorted(ways))})" if ways else names
 
 
 def _name(part: Part) -> str:
@@ -156,12 +165,11 @@ def _name(part: Part) -> str:
 
 def tile_bytes(shards: Iterable[PlannedShard]) -> int:
     """Bytes that the largest tile needs while it is computed: raw, base, delta, value, stored."""
-    width = {True: 8 * 3 + 4, False: 4 * 3 + 4}
     return max(
         (
             min(tiles.tile_rows(w.num_columns, w.grain), w.num_rows)
             * w.num_columns
-            * width[isinstance(w, Merged) and w.arithmetic == "F64"]
+            * (w.bytes_per_element if isinstance(w, Merged) else 4 * 3 + 4)
             for shard in shards
             for w in (place.weight for place in shard.places)
         ),

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import fsum
 
 from pipeline.binding import Bound, bind, unknown_modules
+from pipeline.combined import Combined
+from pipeline.ground.combining import Combination
+from pipeline.contents import promises
 from pipeline.ground.errors import Refused
+from pipeline.ground.report import Finding, unique
 from pipeline.heads import is_head, labels, with_heads
 from pipeline.tying import EMBEDDINGS, HEADS, Tied, settle
 from pipeline.weight import Adapter, Checkpoint, Merged, Placed, Weight
@@ -19,34 +24,53 @@ def merged(
     arithmetic: str,
     renames: Mapping[str, str],
     tied: Tied,
+    combination: Combination | None = None,
 ) -> Checkpoint[Weight]:
-    """The checkpoint whose weights are base + factor * delta in `arithmetic`; Refused for a misfit."""
+    """The checkpoint whose weights are base + factor * delta in `arithmetic`; Refused for a misfit.
+
+    Deltas of several adapters are summed with their weights, or combined as told.
+    """
+    found = [Finding(text) for text in promises(base, adapter, renames)]
     base, adapter = settle(base, adapter, tied)
     bound = bind(base, adapter, factor, renames)
     base, homeless = with_heads(base, adapter, bound.homeless)
     if homeless:
         raise Refused(unknown_modules(base, homeless))
     _check_vocabulary(base, bound)
-    weights = tuple(_merged(weight, bound, arithmetic) for weight in base.weights)
+    weights = tuple(_merged(weight, bound, arithmetic, combination) for weight in base.weights)
     heads = [w for w in bound.whole.values() if is_head(w.name) and w.name.endswith(".weight")]
     return replace(
         base,
         weights=weights,
         config_edits={**base.config_edits, **_vocabulary(bound), **labels(heads)},
-        findings=(*base.findings, *(f for f in adapter.findings if f not in base.findings)),
+        findings=tuple(unique(base.findings, adapter.findings, found)),
     )
 
 
-def _merged(weight: Weight, bound: Bound, arithmetic: str) -> Weight:
+def _merged(weight: Weight, bound: Bound, arithmetic: str, combination: Combination | None) -> Weight:
     under = bound.whole.get(weight.name, weight)
     placed = bound.placed.get(weight.name, [])
-    return with_deltas(under, placed, arithmetic) if placed else under
+    return with_deltas(under, placed, arithmetic, combination) if placed else under
 
 
-def with_deltas(weight: Weight, placed: list[Placed], arithmetic: str) -> Merged:
+def with_deltas(
+    weight: Weight, placed: list[Placed], arithmetic: str, combination: Combination | None = None
+) -> Merged:
     """The weight with these pieces; a float64 weight is never computed in less."""
     dtype = "F64" if weight.dtype == "F64" else arithmetic
-    return Merged(weight.name, weight.shape, weight.dtype, weight, tuple(placed), dtype)
+    plain = Merged(weight.name, weight.shape, weight.dtype, weight, tuple(placed), dtype)
+    return Combined(**{**vars(plain), "combination": combination}) if combination else plain
+
+
+def normalized(adapter: Adapter) -> Adapter:
+    """The adapters with their weights divided by their sum; Refused where that would void or turn them."""
+    total = fsum(part.weight for part in adapter.parts)
+    if total <= 0:
+        raise Refused(
+            f"merge.normalize: the adapters' weights sum to {total:g}; a mean needs a sum above 0, "
+            "normalize=false takes them as they are"
+        )
+    return Adapter(tuple(replace(part, weight=part.weight / total) for part in adapter.parts))
 
 
 def _check_vocabulary(base: Checkpoint[Weight], bound: Bound) -> None:

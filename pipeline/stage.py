@@ -86,6 +86,8 @@ class Merge(Stage):
     """renames {from: to} from adapter modules to checkpoint names"""
     tied: Tied = Tied.auto
     """when an adapter changes embeddings that lm_head shares: auto, untie, shared or refuse"""
+    seed: int = 0
+    """for everything random"""
 
     @abstractmethod
     def __call__(self, base: Checkpoint[Weight], adapter: Adapter) -> Checkpoint[Weight]: ...

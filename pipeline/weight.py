@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from pipeline.ground.codes.code import Code
+from pipeline.ground.combining import ordered_sum
 from pipeline.ground.deltas.delta import Base, Delta
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.files import File, read_tensor
@@ -230,7 +231,7 @@ class Merged(Weight):
     """base with its deltas, in the dtype `arithmetic`; rounding is left to whoever saves it.
 
     Deltas that add are summed before they are added. One that gives a value stands alone in its place; a
-    factor other than 1 moves that far from the base towards it.
+    factor other than 1 moves that far from the base towards it. The order of the adapters changes no bit.
     """
 
     base: Weight
@@ -249,6 +250,18 @@ class Merged(Weight):
     def grain(self) -> int:
         return lcm(self.base.grain, *(placed.grain for placed in self.placed))
 
+    @property
+    def parts(self) -> dict[int, list[Placed]]:
+        """The pieces of each adapter."""
+        numbers = dict.fromkeys(placed.part for placed in self.placed)
+        return {number: [p for p in self.placed if p.part == number] for number in numbers}
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Memory that a tile takes while it is computed, for each of its elements."""
+        wide, num_parts = 8 if self.arithmetic == "F64" else 4, len(self.parts)
+        return 3 * wide + 4 + wide * (num_parts + 2 if num_parts > 2 else 0)
+
     @contextmanager
     def open(self, device: str) -> Iterator[Tiles]:
         kind = torch_dtype(self.arithmetic)
@@ -256,10 +269,11 @@ class Merged(Weight):
         with ExitStack() as stack:
             base = stack.enter_context(self.base.open(device))
             pieces = [(p, stack.enter_context(p.open(device, wide, self._rows(base)))) for p in self.placed]
+            apart = len(self.parts) > 2  # a sum of two has no order
 
             def tile(start: int, stop: int) -> Tile:
                 before = base(start, stop).value
-                delta: Tensor | None = None
+                deltas: dict[int, Tensor] = {}
                 values = []
                 for placed, piece in pieces:
                     low, high = max(start, placed.row), min(stop, placed.stop)
@@ -274,12 +288,18 @@ class Merged(Weight):
                     if placed.delta.replaces:
                         part, value = _moved(W.to(kind), part, placed.factor)
                         values.append((where, value))
-                    delta = (
+                    number = placed.part if apart else 0
+                    delta = deltas.get(number)
+                    deltas[number] = (
                         part
                         if delta is None and part.shape == before.shape
                         else _added(delta, part, where, before)
                     )
-                delta = before.new_zeros(before.shape, dtype=kind) if delta is None else delta
+                delta = (
+                    ordered_sum(list(deltas.values()))
+                    if deltas
+                    else before.new_zeros(before.shape, dtype=kind)
+                )
                 merged = before.to(kind) + delta
                 for where, value in values:
                     merged[where] = value

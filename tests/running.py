@@ -21,6 +21,7 @@ def pipeline(
     *,
     save: str = "merged",
     verify: str = "none",
+    method: str = "exact",
     merge_dtype: str = "float32",
     dtype: str = "keep",
     weight: float = 1.0,
@@ -28,6 +29,7 @@ def pipeline(
     names: dict[str, str] | None = None,
     expect: dict[str, Any] | None = None,
     verify_settings: dict[str, Any] | None = None,
+    method_settings: dict[str, Any] | None = None,
     **save_settings: Any,
 ) -> stage.Pipeline:
     """A pipeline as the command line would build it."""
@@ -38,7 +40,9 @@ def pipeline(
         extract=stages["extract"]["peft"](adapter=chosen(adapter), **(expect or {})),
         load=stages["load"][load](base_model=str(base)),
         dequantize=stages["dequantize"]["auto"](),
-        merge=stages["merge"]["exact"](merge_dtype=FloatDtype[merge_dtype], weight=weight, names=names or {}),
+        merge=stages["merge"][method](
+            merge_dtype=FloatDtype[merge_dtype], weight=weight, names=names or {}, **(method_settings or {})
+        ),
         save=stages["save"][save](output=output, device=device, **own, **save_settings),
         verify=stages["verify"][verify](device=device, **(verify_settings or {})),
     )

@@ -39,6 +39,27 @@ class PlannedWeight:
     deltas: tuple[str, ...] = ()  # "LoRA rank 8 scale 2", one for each that is added
 
 
+@dataclass(frozen=True, slots=True)
+class ContentsRow:
+    """Modules of an adapter that are alike: how many, and what is trained of each."""
+
+    modules: str
+    count: int
+    kind: str
+    shapes: str
+    parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterContents:
+    """What is in an adapter."""
+
+    name: str
+    words: str
+    rows: tuple[ContentsRow, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that a run will do, known from headers and configs alone."""
@@ -54,6 +75,7 @@ class Plan:
     peak_memory: int  # bytes beyond the libraries, at most
     disk: int  # bytes to be written
     findings: tuple[Finding, ...] = ()
+    contents: tuple[AdapterContents, ...] = ()
 
     @property
     def num_bytes(self) -> int:

@@ -161,7 +161,7 @@ def magnitude_bits(rows: Tensor) -> Tensor:
     """float32 without the sign, as int32: NaN above infinity above every number."""
     import torch
 
-    return rows.abs().view(torch.int32)
+    return rows.view(torch.int32) & _BEYOND
 
 
 def _is_as_large(bits: int, start: int, rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from pipeline.ground.report import Action, Plan, Report, Status, retained, unique
+from pipeline.ground.report import Action, AdapterContents, Plan, Report, Status, retained, unique
 from pipeline.ground.units import show_bytes, show_seconds
 
 if TYPE_CHECKING:
@@ -57,12 +57,32 @@ def show_plan(plan: Plan, every_weight: bool = False) -> None:
         lines.append(("memory", f"at most {show_bytes(plan.peak_memory)} beyond the libraries"))
     _show(out, "plan", lines)
     if every_weight:
+        for adapter in plan.contents:
+            _show_contents(out, adapter)
         for w in plan.weights:
             if w.action is not Action.copied:
                 what = ", ".join(w.deltas) or w.action.name
                 out.print(f"  {w.name} {list(w.shape)} {w.source} -> {w.dtype}: {what}", markup=False)
     for finding in plan.findings:
         out.print(f"  note: {finding.text}", markup=False)
+
+
+def _show_contents(out: Console, adapter: AdapterContents) -> None:
+    from rich.table import Table
+
+    out.print(f"adapter {adapter.name}", markup=False)
+    out.print(f"  {adapter.words}", markup=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+    table.add_column("  modules")
+    table.add_column("count", justify="right")
+    table.add_column("what")
+    table.add_column("weight")
+    table.add_column("parameters", justify="right")
+    table.add_column("size", justify="right")
+    for row in adapter.rows:
+        cells = (row.count, row.kind, row.shapes, f"{row.parameters:,}", show_bytes(row.num_bytes))
+        table.add_row(f"  {row.modules}", *map(str, cells))
+    out.print(table)
 
 
 @_while_someone_listens

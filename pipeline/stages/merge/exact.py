@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.ground.combining import Combination
 from pipeline.ground.errors import Refused
 from pipeline.merging import merged
 from pipeline.stage import Merge, stage
@@ -25,4 +26,11 @@ class Exact(Merge):
             )
 
     def __call__(self, base: Checkpoint[Weight], adapter: Adapter) -> Checkpoint[Weight]:
-        return merged(base, adapter, self.weight, self.merge_dtype.value, self.names, self.tied)
+        return merged(
+            base, adapter, self.weight, self.merge_dtype.value, self.names, self.tied, self.combination
+        )
+
+    @property
+    def combination(self) -> Combination | None:
+        """How several deltas on a weight become one, for stages that build on this; None sums them."""
+        return None

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.combined import Combined
 from pipeline.ground import logits
 from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.device import check_device, resolve_device
@@ -112,6 +113,12 @@ class Standard(Verify):
         name, wanted = "logits", f"ratio <= {self.max_ratio:g}"
         if not self.tokens:
             return None
+        if methods := {w.combination.method for w in output.merged.weights if isinstance(w, Combined)}:
+            findings.append(
+                f"logits were not compared: base and adapters do not add up to what {min(methods)} merges"
+            )
+            gates.append(Gate(name, Status.skipped, "no reference for the combination", wanted))
+            return None
         vocabulary = max((prod(w.shape[:1]) for w in base.weights if len(w.shape) == 2), default=1)
         needed = logits.memory_needed(output.plan.num_parameters, vocabulary, self.tokens)
         device = resolve_device(self.device)
@@ -206,6 +213,8 @@ def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
 def is_plain(placed: Placed, weight: Merged) -> bool:
     """Whether it is nothing but B @ A on all of the weight, as its file has it."""
     delta = placed.delta
+    if isinstance(weight, Combined):
+        return False
     if not isinstance(delta, Lora) or len(delta.A.shape) != 2 or delta.blocks != (1, 1) or delta.transposed:
         return False
     return delta.shape == weight.shape and placed.rows == (0, weight.num_rows) and delta.scale > 0
