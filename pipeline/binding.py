@@ -43,8 +43,12 @@ def bind(base: Checkpoint[Weight], adapter: Adapter, factor: float, renames: Map
                 _bind(base.config.model_type, weights, names, part, delta, bound)
             except Refused as refusal:
                 wrong += refusal.sentences
+        every = [piece.delta for pieces in bound.placed.values() for piece in pieces]
         for name, pieces in bound.placed.items():
-            own = [replace(piece, factor=factor * part.weight, part=number) for piece in pieces]
+            own = [
+                replace(piece, delta=piece.delta.among(every), factor=factor * part.weight, part=number)
+                for piece in pieces
+            ]
             own = _saved_first(weights[name], own, bound)
             others = together.placed[name]
             if reason := _conflict(weights[name], [*others, *own], len(others)):

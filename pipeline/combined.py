@@ -29,7 +29,14 @@ class Combined(Merged):
 
     @property
     def bytes_per_element(self) -> int:
-        return super().bytes_per_element
+        wide = 8 if self.arithmetic == "F64" else 4
+        return 2 * wide * len(self.parts) + 4 * wide + 16  # each delta and its ballot; one delta in float64
+
+    @property
+    def state_bytes(self) -> int:
+        rows = min(tiles.tile_rows(self.num_columns, self.grain), self.num_rows)
+        tile = rows * self.num_columns * self.bytes_per_element
+        return super().state_bytes + self.combination.state_bytes(len(self.parts), tile)
 
     @contextmanager
     def open(self, device: str) -> Iterator[Tiles]:

@@ -11,16 +11,18 @@ recomputation in float64 would have other elements than the output that it is to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.ground.selecting import Mask, Seen, Selection, Spot
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 class MajoritySign(Enum):
@@ -47,6 +49,10 @@ class Combination:
         election = f", signs by {self.majority_sign.value}" if self.majority_sign else ""
         return f"{self.method}, {self.selection.describe()}{election}"
 
+    def state_bytes(self, num_deltas: int, tile_bytes: int) -> int:
+        """Memory that `open` takes; `tile_bytes` are those of computing a tile."""
+        return self.selection.state_bytes(num_deltas, tile_bytes) if self.selection.density < 1 else 0
+
     def open(self, spots: Sequence[Spot], grid: Sequence[tuple[int, int]], seen: Seen) -> Combine:
         """What combines the deltas at these spots; may first look at all of them, by the rows of `grid`."""
         density = self.selection.density
@@ -54,55 +60,73 @@ class Combination:
             self.selection.masks(spots, grid, seen) if density < 1 else [None] * len(spots)
         )
 
-        def thinned(rows: Tensor, kept: Tensor | None) -> Tensor:
-            if kept is None:
-                return rows
-            rows = rows * kept
-            return rows / density if self.selection.rescales else rows
+        def thinned(
+            start: int, mask: Mask | None, delta: Tensor, dtype: torch.dtype
+        ) -> tuple[Tensor, Tensor]:
+            """What is kept of a delta, in float32 and in `dtype`."""
+            seen = delta.float()
+            rows = seen if dtype == seen.dtype else delta.to(dtype)
+            if mask is None:
+                return seen, rows
+            kept = mask(start, seen)
+            found = [r * kept for r in ([seen] if rows is seen else [seen, rows])]
+            if self.selection.rescales:
+                found = [r.div_(density) for r in found]
+            return found[0], found[-1]
 
         def combine(start: int, deltas: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-            ballots, parts = [], []
-            for spot, mask, delta in zip(spots, masks, deltas, strict=True):
-                seen = delta.float()
-                kept = mask(start, seen) if mask else None
-                values = seen if dtype == seen.dtype else delta.to(dtype)
-                parts.append(thinned(values, kept).mul(spot.factor))
-                if self.majority_sign:
-                    ballots.append(thinned(seen, kept))
+            kept = [thinned(start, mask, delta, dtype) for mask, delta in zip(masks, deltas, strict=True)]
             if self.majority_sign is None:
+                parts = [rows * spot.factor for spot, (_, rows) in zip(spots, _emptying(kept), strict=True)]
                 return ordered_sum(parts)
-            return disjoint_mean(parts, ballots, self.majority_sign)
+            plus = elected([seen for seen, _ in kept], self.majority_sign)
+            return disjoint_mean(kept, [spot.factor for spot in spots], plus)
 
         return combine
 
 
-def disjoint_mean(parts: Sequence[Tensor], ballots: Sequence[Tensor], method: MajoritySign) -> Tensor:
-    """For each element the mean of those parts whose ballot has the elected sign; 0 where none has.
+def elected(ballots: list[Tensor], method: MajoritySign) -> Tensor:
+    """Where the elected sign is plus; it is where the votes are even.
 
-    A ballot is the delta before its weight, as in PEFT: neither the size nor the sign of a weight votes.
-    Where the votes are even, plus wins.
+    A ballot is a delta before its weight, as in PEFT: neither the size nor the sign of a weight votes.
     """
-    import torch
+    if method is MajoritySign.total:
+        return ordered_sum(ballots) >= 0
+    votes = ballots[0].sign()
+    for ballot in ballots[1:]:
+        votes += ballot.sign()  # whole numbers: no order
+    return votes >= 0
 
-    frequency = method is MajoritySign.frequency
-    plus = ordered_sum([b.sign() for b in ballots] if frequency else ballots) >= 0
-    agreeing, count = [], torch.zeros_like(parts[0])
-    for part, ballot in zip(parts, ballots, strict=True):
-        agrees = torch.where(plus, ballot, -ballot) > 0
-        agreeing.append(part * agrees)
+
+def disjoint_mean(kept: list[tuple[Tensor, Tensor]], factors: Sequence[float], plus: Tensor) -> Tensor:
+    """For each element the mean of those weighted deltas that have the elected sign; 0 where none has.
+
+    `kept` holds each delta as it was seen, float32, and in the dtype of the result; it is emptied.
+    """
+    count = kept[0][1].new_zeros(plus.shape)
+    parts = []
+    for factor, (seen, rows) in zip(factors, _emptying(kept), strict=True):
+        agrees = ((seen > 0) == plus) & (seen != 0)
+        parts.append(rows * factor * agrees)
         count += agrees
-    return ordered_sum(agreeing).div_(count.clamp_(min=1))
+    return ordered_sum(parts).div_(count.clamp_(min=1))
 
 
-def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
+def _emptying(items: list[T]) -> Iterator[T]:
+    """The items in order, none of which stays in memory for the list's sake."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
+def ordered_sum(parts: list[Tensor]) -> Tensor:
     """The elementwise sum of tensors of one shape, the same bits in whatever order they are given.
 
     Three floats and more have several sums. Each element's are added from the least to the greatest, which
-    a network of exchanges sorts.
+    a network of exchanges sorts, in the list itself.
     """
     import torch
 
-    parts = list(parts)
     for last in range(len(parts) - 1 if len(parts) > 2 else 0, 0, -1):
         for i in range(last):
             one, other = parts[i : i + 2]

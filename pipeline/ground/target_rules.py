@@ -128,6 +128,7 @@ def _in_layers(config: Mapping[str, Any]) -> Test:
 
     def is_within(module: str) -> bool:
         found = next(filter(None, (pattern.match(module) for pattern in patterns)), None)
-        return found is not None and int(found["idx"]) in wanted
+        layer = found and found["idx"]  # a pattern with `|` can match without it
+        return layer is not None and int(layer) in wanted
 
     return is_within

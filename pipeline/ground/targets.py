@@ -81,9 +81,9 @@ def unkept(
 ) -> tuple[list[str], list[str]]:
     """(refusals, findings): a sentence each on what the config promises and the file lacks.
 
-    `file_modules`: all that the file has LoRA, saved weights or token rows for. `base`: the decoded shapes
-    of the checkpoint's weights by its files' names. `num_layers`: the language model's, where the files may
-    have more. `renames`: {from: to} from the adapter's names to the base's.
+    `file_modules`: all that the file has LoRA, saved modules or token rows for, but not copies that PEFT
+    saves along. `base`: the decoded shapes of the checkpoint's weights by its files' names. `num_layers`:
+    the language model's, where the files may have more. `renames`: {from: to} from the adapter's names to the base's.
     """
     if wrong := wrong_fields(config):
         return [f"{CONFIG}: {sentence}" for sentence in wrong], []
@@ -103,7 +103,8 @@ def _findings(found: Promise) -> Iterator[str]:
     for field, entries in found.slips.items():
         yield f"{CONFIG} lists {_quoted(entries)} in {field}, which neither the file nor the base has"
     for tower, count in found.apart.items():
-        yield f"has none of the {count} modules under '{tower}' that {CONFIG} means; right if its model lacked them"
+        means = f"that {CONFIG} means; right if its model lacked them"
+        yield f"has none of the {count} modules under '{tower}' {means}"
     if found.unsure:
         yield f"has nothing for {_some(found.unsure)}, which {CONFIG} means; right if its model lacked them"
     if found.shared:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -113,6 +113,14 @@ def saved_config(model: PeftModel) -> dict[str, Any]:
     return dict(json.loads(json.dumps(table)))
 
 
+# A stack with nothing before it is in no layer; an entry that is a whole name is in all; experts count not.
+@example(config={"target_modules": ["q_proj"], "layers_to_transform": [0]})
+@example(config={"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "h"})
+@example(config={"target_modules": ["model.layers.1.self_attn.q_proj", "fc1"], "layers_to_transform": 0})
+@example(config={"target_modules": ["up_proj"], "layers_to_transform": [1]})
+@example(
+    config={"target_modules": ["up_proj"], "layers_to_transform": [1], "layers_pattern": "layers|experts"}
+)
 @given(config=configs())
 def test_targets_are_pefts_own(config: dict[str, Any]) -> None:
     peft = LoraConfig(**config)
@@ -135,13 +143,11 @@ def test_targets_are_what_peft_wraps(config: dict[str, Any]) -> None:
 # A real model, its files, and adapters that PEFT made for it
 
 
-def llama(kind: type = LlamaForCausalLM, **config: Any) -> nn.Module:
+def llama(kind: Callable[..., nn.Module] = LlamaForCausalLM, **config: Any) -> nn.Module:
     size = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = {"num_hidden_layers": 4, "vocab_size": 16, "tie_word_embeddings": False, **size, **config}
+    rest = {"num_hidden_layers": 4, "vocab_size": 16, "tie_word_embeddings": False}
     with torch.device("meta"):
-        model = kind(LlamaConfig(**config))
-    assert isinstance(model, nn.Module)
-    return model
+        return kind(LlamaConfig(**{**size, **rest, **config}))
 
 
 def shapes(model: nn.Module) -> Shapes:
@@ -220,9 +226,13 @@ def test_what_peft_saves_keeps_its_promise(config: dict[str, Any]) -> None:
     ids=str,
 )
 def test_what_peft_saves_of_tied_models_keeps_its_promise(config: dict[str, Any]) -> None:
-    whole = llama(tie_word_embeddings=True)
+    files = shapes(llama(tie_word_embeddings=True))
     model = peft_model(llama(tie_word_embeddings=True), **config)
-    assert unkept(saved_config(model), modules(tensors(model, along=True)), shapes(whole)) == ([], [])
+    held = tensors(model)
+    assert unkept(saved_config(model), modules(held), files) == ([], [])
+    counted = audit(saved_config(model), held, files)
+    copies = counted.kinds.get(ALONG, (0, 0))[1]  # the embeddings' twin
+    assert counted.promised == counted.held - copies and counted.sentence() is None
 
 
 def test_a_tied_lm_head_that_was_trained_is_missed_though_the_base_has_none() -> None:
@@ -234,6 +244,10 @@ def test_a_tied_lm_head_that_was_trained_is_missed_though_the_base_has_none() ->
         model = peft_model(llama(tie_word_embeddings=True), **config)
         left = {key: shape for key, shape in tensors(model).items() if "lm_head" not in key}
         [refusal], findings = unkept(saved_config(model), modules(left), shapes(whole))
+        lost = audit(saved_config(model), left, shapes(whole)).sentence() or ""
+        assert ("it lacks 128 of 128 embeddings and heads saved whole" in lost) == (
+            "modules_to_save" in config
+        )
         assert (
             refusal.startswith("has nothing for 'lm_head', which adapter_config.json lists in")
             and not findings
@@ -270,23 +284,44 @@ def complete() -> list[tuple[dict[str, Any], set[str]]]:
     return found
 
 
-def test_a_lost_layer_is_named_and_counted() -> None:
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_a_lost_layer_is_named_and_counted(layer: int) -> None:
     config, whole = complete()[0]
-    left = {m for m in whole if not m.startswith("model.layers.2.")}
+    left = {m for m in whole if not m.startswith(f"model.layers.{layer}.")}
     assert unkept(config, left, base()) == (
         [
-            "has nothing for 'model.layers.2.mlp.down_proj' and 6 more modules, which adapter_config.json "
-            "says were trained"
+            f"has nothing for 'model.layers.{layer}.mlp.down_proj' and 6 more modules, which "
+            "adapter_config.json says were trained"
         ],
         [],
     )
 
 
+def test_a_lost_entry_is_said_once() -> None:
+    config, whole = complete()[0]
+    left = {m for m in whole if not m.endswith(("o_proj", "up_proj"))}
+    assert unkept(config, left, base()) == (
+        ["has nothing for 'o_proj', 'up_proj', which adapter_config.json lists in target_modules"],
+        [],
+    )
+
+
+def test_a_head_of_a_vlms_files_is_missed_by_its_name_in_memory() -> None:
+    config = {"target_modules": r".*q_proj|lm_head", "task_type": "CAUSAL_LM"}
+    held, files = spelled("model.layers", names=["q_proj"]), weights(["language_model.lm_head"])
+    files |= weights(spelled("language_model.model.layers", names=["q_proj"]))
+    assert unkept(config, held | {"lm_head"}, files) == ([], [])
+    assert unkept(config, held, files)[0] == [
+        "has nothing for 'language_model.lm_head', which adapter_config.json says was trained"
+    ]
+    assert not unkept({**config, "task_type": "SEQ_CLS"}, held, files)[0]
+
+
 def test_the_trained_embeddings_of_llama31_are_missed() -> None:
     """unsloth#1045: 1,134,559,232 parameters were trained, and what was loaded again was a plain LoRA."""
     with torch.device("meta"):
-        size = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-        heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+        size: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        heads: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
         whole = shapes(llama(**size, **heads))
         made = peft_model(llama(**size, **heads), r=32, target_modules=LINEAR, modules_to_save=ENDS)
     config, held = saved_config(made), tensors(made)
@@ -320,7 +355,7 @@ def test_the_trained_embeddings_of_llama31_are_missed() -> None:
     ],
 )
 def test_the_audit_counts_every_kind_as_torch_does(options: dict[str, Any], kind: str) -> None:
-    biased = {"attention_bias": True, "mlp_bias": True}
+    biased: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
     model = peft_model(llama(**biased), **{"target_modules": LINEAR, "r": 3, **options})
     held, files = tensors(model), shapes(llama(**biased))
     counted = audit(saved_config(model), held, files)
@@ -333,6 +368,19 @@ def test_the_audit_counts_every_kind_as_torch_does(options: dict[str, Any], kind
 
 def lora_keys(held: Iterable[str]) -> set[str]:
     return {key for key in held if re.search(r"lora_[AB]\.weight$", key)}
+
+
+def test_biases_of_a_tower_without_lora_are_counted() -> None:
+    config = {"r": 2, "target_modules": ["q_proj"], "bias": "all"}
+    base: Shapes = {
+        "text.layers.0.q_proj.weight": (4, 4),
+        "vision.layers.0.qkv.weight": (4, 4),
+        "lm_head.bias": (5,),
+    }
+    base["vision.layers.0.qkv.bias"] = (4,)
+    held: Shapes = {f"base_model.model.text.layers.0.q_proj.lora_{x}.weight": (4, 2) for x in "AB"}
+    held |= {"base_model.model.lm_head.bias": (5,), "base_model.model.vision.layers.0.qkv.bias": (4,)}
+    assert audit(config, held, base).kinds == {LORA: (16, 16), BIASES: (9, 9)}
 
 
 def test_what_is_saved_beside_the_adapter_was_not_trained() -> None:
@@ -349,6 +397,7 @@ def test_one_of_the_names_of_a_classifiers_head_is_enough() -> None:
     model = peft_model(llama(LlamaForSequenceClassification), target_modules=["q_proj"], task_type="SEQ_CLS")
     config, held = saved_config(model), modules(tensors(model))
     assert config["modules_to_save"] == ["classifier", "score"] and "score" in held
+    assert audit(config, tensors(model), base()).promised == num_trained(model)
     assert unkept(config, held, base()) == ([], [])
     refusals, _ = unkept(config, held - {"score"}, base())
     assert refusals == [
@@ -421,6 +470,15 @@ def test_no_layer_of_any_tower_is_no_finding_but_a_refusal() -> None:
     assert "'language_model.model.layers.0.self_attn.q_proj' and 5 more modules" in refusal
 
 
+def test_files_that_name_what_is_in_a_layer_otherwise_are_not_held_against_it() -> None:
+    """One wqkv on disk, three projections in memory."""
+    files = weights({f"model.layers.{i}.self_attn.{n}" for i in range(4) for n in ("wqkv", "o_proj")})
+    config, held = {"target_modules": r".*self_attn\..*"}, spelled("model.layers", names=ATTENTION)
+    refusals, findings = unkept(config, held, files)
+    assert not refusals and "'model.layers.0.self_attn.wqkv' and 3 more modules" in findings[0]
+    assert unkept(config, held - {"model.layers.1.self_attn.o_proj"}, files)[0]
+
+
 def test_layers_beyond_the_models_are_not_missed() -> None:
     ahead = {f"model.layers.4.self_attn.{n}" for n in ATTENTION}
     files = weights(spelled("model.layers"), ahead, spelled("model.mtp.layers", "mtp_layers", layers=1))
@@ -451,6 +509,9 @@ def test_keys_of_the_last_layers_may_be_those_of_earlier_ones() -> None:
         "has nothing for 'model.layers.2.self_attn.k_proj' and 3 more modules; right if its last layers take "
         "keys of earlier ones"
     ]
+    pattern = {"target_modules": r".*\.(self_attn|mlp)\..*"}
+    assert unkept(pattern, spelled("model.layers", names=["q_proj"]), files)[0]
+    assert unkept(pattern, spelled("model.layers", names=["q_proj", "o_proj", *MLP]), files)[0]
     for more in ("model.layers.0.self_attn.k_proj", "model.layers.3.self_attn.q_proj"):
         assert unkept(config, spelled("model.layers") - shared - {more}, files)[0]
 

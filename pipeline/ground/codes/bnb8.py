@@ -47,7 +47,9 @@ class Bnb8(Code):
 
             def rows(start: int, stop: int) -> Tensor:
                 raw = codes(start * columns, stop * columns).view(torch.int8)
-                return decode(raw.view(stop - start, columns), scales(4 * start, 4 * stop).view(torch.float32))
+                return decode(
+                    raw.view(stop - start, columns), scales(4 * start, 4 * stop).view(torch.float32)
+                )
 
             yield rows
 
@@ -67,9 +69,11 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
             has = told(weight) if weight else "no such tensor"
             raise refusal(scale, f"scales int8 codes, but '{module}weight' is {has}, not I8 [out, in]")
         if scale.dtype != "F32" or scale.shape != weight.shape[:1]:
-            raise refusal(scale, f"is {told(scale)}; the codes {list(weight.shape)} need F32 [{weight.shape[0]}]")
-        if form and any(read_bytes(form)):
-            raise refusal(form, f"says format {read_bytes(form)[0]}, tiles of a GPU kernel; only 0 (rows) is read")
+            raise refusal(
+                scale, f"is {told(scale)}; the codes {list(weight.shape)} need F32 [{weight.shape[0]}]"
+            )
+        if form and (form.extent.length != 1 or read_bytes(form) != b"\0"):
+            raise refusal(form, "is not 0 (rows as they are): the tiles of old GPU kernels cannot be read")
         return Found(weight.name, Bnb8(weight.shape, weight, scale, form), weight)
 
     yield from each((e for name, e in tensors.items() if name.split(".")[-1] == "SCB"), found)

@@ -1,77 +1,64 @@
-"""The tensors that hold one weight together: ranges of their bytes, small ones as bytes, and refusals."""
+"""The tensors that hold one weight: a module's, by their last names, and bytes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from math import prod
-from typing import TYPE_CHECKING
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from pipeline.ground.codes.code import Found
-from pipeline.ground.errors import Refused
 from pipeline.ground.files import read_into, read_tensor
 from pipeline.ground.shards import Entry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Bytes = Callable[[int, int], "Tensor"]  # read(start, stop): those bytes of a tensor, uint8, on the device
+Parts = Mapping[str, Entry]  # of one module, by their last names: qweight, scales, bias
 
 
-@contextmanager
-def reading(device: str, *entries: Entry) -> Iterator[tuple[Bytes, ...]]:
-    """A reader for each tensor, each file opened once."""
-    with ExitStack() as stack:
-        files = {entry.extent.file for entry in entries}
-        descriptors = {file: stack.enter_context(file.opened()) for file in files}
+def by_module(tensors: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """The tensors of each module by their last names, in the order of the modules' first tensors."""
+    modules: dict[str, dict[str, Entry]] = {}
+    for name, entry in tensors.items():
+        module, _, last = name.rpartition(".")
+        modules.setdefault(module, {})[last] = entry
+    return modules
 
-        def read(entry: Entry, start: int, stop: int) -> Tensor:
-            assert 0 <= start <= stop <= entry.extent.length
-            extent = entry.extent
-            return read_tensor(descriptors[extent.file], extent.offset + start, stop - start).to(device)
 
-        yield tuple(partial(read, entry) for entry in entries)
+def weight_of(module: str) -> str:
+    """The name of a module's dense weight."""
+    return f"{module}.weight" if module else "weight"
 
 
 def read_bytes(entry: Entry) -> bytes:
-    """The bytes of a small tensor, without torch."""
+    """A small tensor's bytes, without torch."""
     buffer = bytearray(entry.extent.length)
     with entry.extent.file.opened() as descriptor:
         read_into(descriptor, entry.extent.offset, memoryview(buffer))
     return bytes(buffer)
 
 
-def num_bytes(entry: Entry) -> int:
-    """Bytes of one of its elements, which are whole bytes."""
-    return entry.extent.length // max(prod(entry.shape), 1)
+def read_numbers(entry: Entry) -> list[int]:
+    """A small tensor of integers (U8, I8, I32, I64), flat."""
+    code = {"U8": "B", "I8": "b", "I32": "i", "I64": "q"}[entry.dtype]
+    return array(code, read_bytes(entry)).tolist()
 
 
-def matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(matrices, rows of each, columns) of a weight of two dimensions or more: (E, N, K) has E matrices."""
-    return prod(shape[:-2]), shape[-2], shape[-1]
+def mentioned(settings: Mapping[str, Any], key: str) -> list[int]:
+    """The whole numbers that a quantization config gives for `key`, for all modules or for some of them."""
+    tables = [settings, *(t for of in ("dynamic", "extra_config") for t in (settings.get(of) or {}).values())]
+    numbers = {table.get(key) for table in tables if isinstance(table, Mapping)}
+    return sorted(n for n in numbers if isinstance(n, int) and not isinstance(n, bool))
 
 
-def refusal(entry: Entry, reason: str) -> Refused:
-    """The sentence that names a tensor and its file, for raising."""
-    return Refused(f"{entry.extent.file.path}: '{entry.name}' {reason}")
+@contextmanager
+def rows_of(entry: Entry, num_rows: int, device: str) -> Iterator[Callable[[int, int], Tensor]]:
+    """rows(start, stop): those rows of a tensor that has `num_rows` of them, `(rows, bytes)` uint8."""
+    width = entry.extent.length // max(num_rows, 1)
+    with entry.extent.file.opened() as descriptor:
 
+        def rows(start: int, stop: int) -> Tensor:
+            raw = read_tensor(descriptor, entry.extent.offset + start * width, (stop - start) * width)
+            return raw.view(stop - start, width).to(device)
 
-def told(entry: Entry) -> str:
-    """A tensor's dtype and shape: F32 [4, 2]."""
-    return f"{entry.dtype} {list(entry.shape)}"
-
-
-def each(entries: Iterable[Entry], found: Callable[[Entry], Found | None]) -> Iterator[Found]:
-    """What `found` makes of every tensor; all that it refuses is refused together, at the end."""
-    wrong: list[Refused] = []
-    for entry in entries:
-        try:
-            one = found(entry)
-        except Refused as refused:
-            wrong.append(refused)
-            continue
-        if one is not None:
-            yield one
-    if wrong:
-        raise Refused.together(wrong)
+        yield rows

@@ -78,7 +78,7 @@ def scaled(values: Tensor, scales: Tensor, width: int) -> Tensor:
 
 
 def stacked(packed: Tensor, scales: Tensor, group: int) -> Tensor:
-    """FP4 packed along the rows: `(n, columns)` bytes to `(2n, columns)` float32, in place of nothing.
+    """FP4 packed along the rows: bytes `(n, columns)` to `(2n, columns)` float32.
 
     Byte i of a column holds its rows 2i (low nibble) and 2i + 1; every `group` rows have scales
     `(2n / group, columns)`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf, read_entry
 from pipeline.ground.shards import Entry
@@ -102,7 +102,7 @@ class Experts(Delta):
 _TRANSPOSED = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
 
-def settled(delta: Experts, model_type: str | None, peft_version: str | None) -> Experts | str:
+def settled(delta: Experts, model_type: str | None, peft_version: Any) -> Experts | str:
     """The delta with its orientation known, by the writer's version; a reason where that does not tell."""
     if not delta.is_square or delta.transposed is not None:
         return delta
@@ -115,9 +115,11 @@ def settled(delta: Experts, model_type: str | None, peft_version: str | None) ->
     return replace(delta, transposed=not declared if version == (0, 19, 0) else declared)
 
 
-def _version(text: str | None) -> tuple[int, int, int] | None:
+def _version(text: Any) -> tuple[int, int, int] | None:
     if text is None:
         return (0, 17, 0)  # the field came with 0.18
+    if not isinstance(text, str):
+        return None
     parts = text.replace("+", ".").split(".")[:3]
     digits = ["".join(c for c in part if c.isdigit()) if part[:1].isdigit() else "" for part in parts]
     if len(digits) < 3 or not all(digits) or "dev" in text:

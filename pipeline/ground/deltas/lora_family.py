@@ -16,7 +16,7 @@ from pipeline.ground.deltas.dora import Dora
 from pipeline.ground.deltas.experts import Experts
 from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
 from pipeline.ground.deltas.lora import Lora
-from pipeline.ground.deltas.patterns import pattern_value
+from pipeline.ground.deltas.patterns import pattern_value, wrong_patterns
 from pipeline.ground.deltas.tokens import TokenRows
 from pipeline.ground.deltas.vector import Vector
 from pipeline.ground.shards import Entry
@@ -46,6 +46,10 @@ def _layer(trained: Trained, A: Entry, B: Entry) -> list[Delta]:
     blocks = _blocks(trained)
     if len(A.shape) != len(B.shape) or len(A.shape) < 2 or any(size != 1 for size in B.shape[2:]):
         raise trained.refuse(f"has lora_A {list(A.shape)} and lora_B {list(B.shape)}, which is no LoRA layer")
+    if len(A.shape) > 2 and A.shape[0] != B.shape[1] and A.shape[0] % B.shape[1] == 0:
+        raise trained.refuse(
+            f"is LoRA on a convolution of {A.shape[0] // B.shape[1]} groups; none merges that"
+        )
     if A.shape[0] != B.shape[1] * blocks[1]:
         raise trained.refuse(f"has lora_A {list(A.shape)} and lora_B {list(B.shape)}, whose ranks differ")
     rank = _checked_rank(trained, trained.module, A.shape[0])
@@ -54,7 +58,11 @@ def _layer(trained: Trained, A: Entry, B: Entry) -> list[Delta]:
     shape = (B.shape[0], A.shape[1] * blocks[0], *A.shape[2:])
     lora = Lora(module, "weight", shape, A, B, scale * times, blocks=blocks)
     found: list[Delta] = [_with_magnitude(trained, lora, shape[0])]
-    if bias := trained.get("lora_B.bias"):
+    bias = trained.get("lora_B.bias")
+    if (bias is None) == bool(trained.config.get("lora_bias")):
+        has = "no lora_B.bias" if bias is None else "a lora_B.bias"
+        raise trained.refuse(f"has {has}, but the config's lora_bias is {trained.config.get('lora_bias')}")
+    if bias is not None:
         if bias.shape != (shape[0],):
             raise trained.refuse(f"has lora_B.bias {list(bias.shape)}, not {[shape[0]]}")
         found.append(Vector(module, "bias", bias.shape, bias, scale))
@@ -203,6 +211,8 @@ def wrong(config: Mapping[str, Any]) -> list[str]:
         table = config.get(name) or {}
         if not isinstance(table, dict) or not all(fits(value) for value in table.values()):
             found.append(f"{name} is {table!r}, not a table of patterns and {what}")
+        else:
+            found += wrong_patterns(name, table)
     for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
         if not isinstance(config.get(name), bool | None):
             found.append(f"{name} is {config[name]!r}, neither true nor false")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pipeline.ground.errors import Refused
 
@@ -17,3 +17,12 @@ def pattern_value(module: str, patterns: Mapping[str, float] | None, otherwise: 
         except re.error as error:
             raise Refused(f"pattern {pattern!r} is not a regular expression ({error})") from None
     return otherwise
+
+
+def wrong_patterns(field: str, patterns: Iterable[str]) -> Iterator[str]:
+    """A sentence for each pattern of a config's field that cannot be one."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"{field} has {pattern!r}, which is no regular expression ({error})"

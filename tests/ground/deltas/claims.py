@@ -94,6 +94,12 @@ def does_not_depend_on_cuts(delta: Delta, weight: torch.Tensor) -> bool:
     return all(torch.equal(round_to(_rows(delta, weight, step), "F32"), whole) for step in steps)
 
 
+def turns(delta: Delta, weight: torch.Tensor) -> bool:
+    """Whether the rows for a weight that lies transposed are those of the weight, transposed."""
+    lying, straight = wide_rows(delta.turned(), weight.T.contiguous()), wide_rows(delta, weight)
+    return torch.equal(round_to(lying, "F32"), round_to(straight, "F32").T)
+
+
 def _rows(delta: Delta, weight: torch.Tensor, step: int, dtype: str = "F64") -> torch.Tensor:
     W = weight.reshape(delta.num_rows, -1)
     cuts = [*range(0, len(W), step), len(W)]

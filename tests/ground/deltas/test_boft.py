@@ -23,6 +23,7 @@ from tests.ground.deltas.claims import (
     does_not_depend_on_cuts,
     merges,
     refusal,
+    turns,
     wide_rows,
 )
 from tests.ground.deltas.parity import NAMES
@@ -120,7 +121,9 @@ def test_the_merge_is_the_butterfly_rounded_once_and_so_is_pefts(
 def test_rows_do_not_depend_on_cuts(tmp_path: Path, layer: str) -> None:
     found = merges(tmp_path, KIND, LAYERS[layer][0], config(layer))
     for delta in found.deltas:
-        assert does_not_depend_on_cuts(delta, found.base[f"{delta.module}.weight"])
+        weight = found.base[f"{delta.module}.weight"]
+        assert does_not_depend_on_cuts(delta, weight)
+        assert len(weight.shape) != 2 or turns(delta, weight)
 
 
 def test_without_the_extension_peft_trains_one_factor_and_the_file_tells(

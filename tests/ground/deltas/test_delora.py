@@ -23,6 +23,7 @@ from tests.ground.deltas.claims import (
     merges,
     refusal,
     rewrite,
+    turns,
     wide_rows,
 )
 from tests.ground.deltas.parity import NAMES, WHOLE, deltas
@@ -79,7 +80,7 @@ def test_rows_are_the_formula_in_float64(tmp_path: Path) -> None:
         weight = found.base[f"{delta.module}.weight"]
         D, size = formula(found, delta.module)
         assert bool(((wide_rows(delta, weight) - D).abs() <= FLOAT64_SLACK * size).all())
-        assert does_not_depend_on_cuts(delta, weight)
+        assert does_not_depend_on_cuts(delta, weight) and turns(delta, weight)
 
 
 def test_an_untrained_b_of_zeros_gives_no_delta(tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.ground.deltas.gralora import KIND
-from tests.ground.deltas.claims import DTYPES, Merges, does_not_depend_on_cuts, merges, refusal, wide_rows
+from tests.ground.deltas.claims import (
+    DTYPES,
+    Merges,
+    does_not_depend_on_cuts,
+    merges,
+    refusal,
+    turns,
+    wide_rows,
+)
 from tests.ground.deltas.parity import NAMES, WHOLE
 from tests.tolerance import FLOAT64_SLACK, within_half_ulp
 
@@ -72,7 +80,7 @@ def test_rows_are_the_formula_in_float64(tmp_path: Path, k: int, hybrid_r: int) 
         weight = found.base[f"{delta.module}.weight"]
         D, size = formula(found, delta.module, hybrid_r)
         assert bool(((wide_rows(delta, weight) - D).abs() <= FLOAT64_SLACK * size).all())
-        assert does_not_depend_on_cuts(delta, weight)
+        assert does_not_depend_on_cuts(delta, weight) and turns(delta, weight)
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from peft import HRAConfig
 from torch import nn
 
 from pipeline.ground.deltas.hra import KIND, reflections
-from tests.ground.deltas.claims import DTYPES, does_not_depend_on_cuts, merges, refusal, wide_rows
+from tests.ground.deltas.claims import DTYPES, does_not_depend_on_cuts, merges, refusal, turns, wide_rows
 from tests.ground.deltas.parity import NAMES
 from tests.tolerance import FLOAT64_SLACK, num_different, within_half_ulp
 
@@ -67,7 +67,9 @@ def test_the_merge_is_the_reflections_rounded_once_and_so_is_pefts(
 def test_rows_do_not_depend_on_cuts(tmp_path: Path, layer: str) -> None:
     found = merges(tmp_path, KIND, LAYERS[layer], config(False))
     for delta in found.deltas:
-        assert does_not_depend_on_cuts(delta, found.base[f"{delta.module}.weight"])
+        weight = found.base[f"{delta.module}.weight"]
+        assert does_not_depend_on_cuts(delta, weight)
+        assert len(weight.shape) != 2 or turns(delta, weight)
 
 
 def test_pairs_of_equal_planes_change_nothing() -> None:

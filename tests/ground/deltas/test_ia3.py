@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.ground.deltas.delta import UNKNOWN
 from pipeline.ground.deltas.ia3 import KIND
-from tests.ground.deltas.claims import DTYPES, does_not_depend_on_cuts, merges, refusal, wide_rows
+from tests.ground.deltas.claims import DTYPES, does_not_depend_on_cuts, merges, refusal, turns, wide_rows
 from tests.ground.deltas.parity import merged_by_us
 
 LAYERS = {
@@ -61,7 +61,9 @@ def test_rows_are_the_formula_in_float64(tmp_path: Path) -> None:
 def test_rows_do_not_depend_on_cuts(tmp_path: Path, layer: str) -> None:
     found = merges(tmp_path, KIND, LAYERS[layer], config(["1"]))
     for delta in found.deltas:
-        assert does_not_depend_on_cuts(delta, found.base[f"{delta.module}.{delta.parameter}"])
+        weight = found.base[f"{delta.module}.{delta.parameter}"]
+        assert does_not_depend_on_cuts(delta, weight)
+        assert len(weight.shape) != 2 or turns(delta, weight)
 
 
 def test_a_layer_without_bias_has_none_to_scale(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from peft import MissConfig
 from torch import nn
 
 from pipeline.ground.deltas.miss import KIND
-from tests.ground.deltas.claims import DTYPES, does_not_depend_on_cuts, merges, refusal, wide_rows
+from tests.ground.deltas.claims import DTYPES, does_not_depend_on_cuts, merges, refusal, turns, wide_rows
 from tests.tolerance import FLOAT64_SLACK
 
 LAYERS: Callable[[], nn.Module] = lambda: nn.Sequential(  # noqa: E731
@@ -56,7 +56,7 @@ def test_rows_are_the_formula_in_float64(tmp_path: Path, case: str) -> None:
                     exact[i, j] = B[j % r, i % B.shape[1]]
         assert delta.replaces == (case == "bat")
         assert float((wide_rows(delta, weight) - exact).abs().max()) <= FLOAT64_SLACK
-        assert does_not_depend_on_cuts(delta, weight)
+        assert does_not_depend_on_cuts(delta, weight) and turns(delta, weight)
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

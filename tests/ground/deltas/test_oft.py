@@ -25,6 +25,7 @@ from tests.ground.deltas.claims import (
     merges,
     model,
     refusal,
+    turns,
     wide_rows,
 )
 from tests.ground.deltas.parity import NAMES
@@ -114,7 +115,8 @@ def test_the_merge_is_the_rotation_rounded_once_and_so_is_pefts(
 def test_rows_do_not_depend_on_cuts(tmp_path: Path, case: str) -> None:
     found = merges(tmp_path, KIND, LAYERS["linear"], config(case))
     for delta in found.deltas:
-        assert does_not_depend_on_cuts(delta, found.base[f"{delta.module}.weight"])
+        weight = found.base[f"{delta.module}.weight"]
+        assert does_not_depend_on_cuts(delta, weight) and turns(delta, weight)
 
 
 def test_the_series_of_before_0_18_ends_with_its_last_term_twice(tmp_path: Path) -> None:

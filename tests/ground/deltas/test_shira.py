@@ -12,7 +12,15 @@ from torch import nn
 
 from pipeline.ground.deltas.shira import KIND
 from pipeline.ground.errors import Refused
-from tests.ground.deltas.claims import DTYPES, does_not_depend_on_cuts, merges, refusal, rewrite, wide_rows
+from tests.ground.deltas.claims import (
+    DTYPES,
+    does_not_depend_on_cuts,
+    merges,
+    refusal,
+    rewrite,
+    turns,
+    wide_rows,
+)
 from tests.ground.deltas.parity import deltas, merged_by_us
 
 LAYERS: Callable[[], nn.Module] = lambda: nn.Sequential(  # noqa: E731
@@ -42,7 +50,7 @@ def test_rows_are_the_formula_in_float64(tmp_path: Path) -> None:
         ):
             dense[i, j] += value
         assert torch.equal(wide_rows(delta, weight), dense)
-        assert does_not_depend_on_cuts(delta, weight)
+        assert does_not_depend_on_cuts(delta, weight) and turns(delta, weight)
 
 
 def test_indices_in_any_order_or_twice_or_as_floats_mean_the_same_entries(tmp_path: Path) -> None:

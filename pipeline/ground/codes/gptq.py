@@ -1,0 +1,185 @@
+"""GPTQ: columns of 2 to 8 bit codes, a scale and a zero point per group of inputs, perhaps in any order.
+
+`qweight` I32 `(in * bits / 32, out)`: along the inputs a stream of bits (integers.py), the same for every
+output; `qzeros` I32 `(groups, out * bits / 32)`: the same along the outputs; `scales` `(groups, out)`;
+`g_idx` I32 `(in)`: the group of each input, or none: groups of neighbours.
+
+    W[n, k] = scales[g, n] * (q[k, n] - z[g, n]),  g = g_idx[k]
+
+Version 1 (`checkpoint_format` missing or gptq) holds z - 1, version 2 (gptq_v2, gptq_p) z. gptq_p holds 3, 5, 6
+and 7 bit codes in planes: of each 32 codes first the low 2 or 4 bits, then the higher ones.
+Sources: AutoGPTQ 0.7.1 `qlinear_cuda.py`, gptqmodel 7.7.0 `qlinear/__init__.py` and `planar_packing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.ground.codes.code import Code, Found, Quantization, Rows, read_whole
+from pipeline.ground.codes.gptq_versions import check_zeros, declared
+from pipeline.ground.codes.integers import scaled, unpacked
+from pipeline.ground.codes.parts import Parts, by_module, mentioned, read_numbers, weight_of
+from pipeline.ground.errors import Refused
+from pipeline.ground.shards import Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # widths from the low one; others have one plane
+# A one in every field: v1's zeros were made by subtracting it from whole words, so borrows are undone too.
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+
+
+@dataclass(frozen=True)
+class GPTQ(Code):
+    """The codes of a linear layer; its packed words are held whole, for a row of W is a column of them."""
+
+    bits: int
+    version: int  # 1: the zero points are stored less one
+    planar: bool
+    group: int | None  # inputs per group; None: g_idx says
+    qweight: Entry
+    qzeros: Entry
+    scales: Entry
+    g_idx: Entry | None
+
+    @property
+    def describe(self) -> str:
+        groups = "act-order" if self.group is None else f"groups of {self.group}"
+        return f"GPTQ {self.bits} bit{' planar' if self.planar else ''}, {groups}"
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return (self.qweight, self.qzeros, self.scales, *((self.g_idx,) if self.g_idx else ()))
+
+    @property
+    def state_bytes(self) -> int:
+        groups, outputs = self.scales.shape
+        columns = self.shape[1] * 8 if self.group is None else 0
+        return self.qweight.extent.length + groups * outputs * 8 + columns
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Rows]:
+        words = read_whole(self.qweight, device)
+        scales = read_whole(self.scales, device).float()
+        zeros = zero_points(read_whole(self.qzeros, device), self.bits, self.version, self.planar)
+        zeros = zeros[:, : scales.shape[1]]
+        same = int(zeros[0, 0]) if bool((zeros == zeros[0, 0]).all()) else None  # symmetric, as a rule
+        order = read_whole(self.g_idx, device).long() if self.group is None and self.g_idx else None
+
+        def rows(start: int, stop: int) -> Tensor:
+            scale = scales[:, start:stop].t()
+            zero = zeros[:, start:stop].t() if same is None else None
+            # the rows' words side by side first: turning them then stays in the cache
+            packed = words[:, start:stop].contiguous().t().contiguous()
+            values = codes(packed, self.bits, self.planar, same or 0)[:, : self.shape[1]]
+            if order is None:
+                assert self.group is not None
+                return scaled(values, scale, zero, self.group)
+            if zero is not None:
+                values = values.sub_(zero.index_select(1, order))
+            return values.mul_(scale.index_select(1, order))
+
+        yield rows
+
+
+def codes(words: Tensor, bits: int, planar: bool, less: int = 0) -> Tensor:
+    """The codes of rows of int32 words, `less` subtracted, float32."""
+    import torch
+
+    if not planar or bits not in PLANES:
+        return unpacked(words.view(torch.uint8), bits, less)
+    turns = words.view(len(words), -1, bits)  # 32 codes
+    values, at, place = None, 0, 0
+    for width in PLANES[bits]:
+        plane = turns[:, :, at : at + width].contiguous().view(len(words), -1).view(torch.uint8)
+        part = unpacked(plane, width, 0 if at else less)
+        values = part if values is None else values.add_(part, alpha=float(2**place))
+        at, place = at + width, place + width
+    assert values is not None
+    return values
+
+
+def zero_points(words: Tensor, bits: int, version: int, planar: bool) -> Tensor:
+    """The zero points `(groups, outputs)` float32 of `qzeros`."""
+    if version == 1 and bits in _ONES:
+        words = words + _ONES[bits]
+    zeros = codes(words, bits, planar)
+    return zeros.add_(1) if version == 1 and bits not in _ONES else zeros
+
+
+def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[Found]:
+    """Modules with `qweight`, `qzeros` and `scales` in GPTQ's shapes, with `g_idx` or not."""
+    settings = {**quantization.beside, **quantization.config}
+    for module, parts in by_module(tensors).items():
+        main = parts.get("qweight")
+        if main is not None and main.dtype == "I32" and _is_ours(parts, settings):
+            yield Found(weight_of(module), _code(main, parts, settings), main)
+
+
+def _is_ours(parts: Parts, settings: Mapping[str, Any]) -> bool:
+    if "g_idx" in parts:
+        return True
+    method = f"{settings.get('quant_method')} {settings.get('packing_format')}".lower()
+    shapes = [parts[part].shape for part in ("qweight", "qzeros", "scales") if part in parts]
+    fits = len(shapes) == 3 and shapes[0][1:] == shapes[2][1:] and shapes[1][:1] == shapes[2][:1]
+    return "awq" not in method and (fits or "gptq" in method)
+
+
+def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> GPTQ:
+    name = main.name
+    if missing := [part for part in ("qzeros", "scales") if part not in parts]:
+        raise Refused(f"{name}: stands without its {' and '.join(missing)}")
+    if strange := sorted(set(parts) - {"qweight", "qzeros", "scales", "g_idx", "bias"}):
+        raise Refused(
+            f"{name}: stands beside '{strange[0]}', which no GPTQ layer has; it may rotate or replace it"
+        )
+    if "embed" in name or ".wte." in name:
+        raise Refused(f"{name}: is a GPTQ embedding, which this version cannot decode; leave it in 16 bits")
+    version, planar = declared(settings)
+    qzeros, scales, g_idx = parts["qzeros"], parts["scales"], parts.get("g_idx")
+    shapes = [entry.shape for entry in (main, qzeros, scales)]
+    if any(len(shape) != 2 for shape in shapes) or scales.dtype not in {"F16", "BF16", "F32"}:
+        raise Refused(f"{name}: qweight, qzeros and scales are {shapes}, scales {scales.dtype}, not GPTQ's")
+    (words, outputs), (groups, columns) = main.shape, qzeros.shape
+    inputs = g_idx.shape[0] if g_idx else None
+    said = mentioned(settings, "bits")
+    fitting = [
+        bits
+        for bits in ((2, 3, 4, 5, 6, 7, 8) if planar else (2, 3, 4, 8))
+        if (not said or bits in said)
+        and columns == -(-outputs * bits // 32)
+        and (inputs is None or words == -(-inputs * bits // 32))
+        and (32 % bits == 0 or words % bits == columns % bits == 0)
+    ]
+    if len(fitting) != 1 or scales.shape != (groups, outputs) or qzeros.dtype != "I32":
+        raise Refused(
+            f"{name}: qweight {main.shape}, qzeros {qzeros.shape} and scales {scales.shape} do not fit together "
+            f"as GPTQ of {' or '.join(map(str, said)) or '2, 3, 4 or 8'} bits; the file is damaged or mislabelled"
+        )
+    bits = fitting[0]
+    inputs = words * 32 // bits if inputs is None else inputs
+    group = _group(name, inputs, groups, g_idx, mentioned(settings, "group_size"))
+    check_zeros(qzeros, bits, version, settings)
+    return GPTQ((outputs, inputs), bits, version, planar, group, main, qzeros, scales, g_idx)
+
+
+def _group(name: str, inputs: int, groups: int, g_idx: Entry | None, said: list[int]) -> int | None:
+    """Inputs per group where groups are neighbours, None where `g_idx` says otherwise."""
+    if g_idx is None:
+        group = inputs // groups
+        if group * groups != inputs or (said and group not in said and not (groups == 1 and -1 in said)):
+            raise Refused(f"{name}: {inputs} inputs in {groups} groups are not groups of {said} (group_size)")
+        return group
+    order = read_numbers(g_idx) if g_idx.dtype in {"I32", "I64"} else [-1]
+    if min(order) < 0 or max(order) >= groups:
+        raise Refused(f"{g_idx.name}: names groups {min(order)} to {max(order)}, but there are {groups}")
+    if groups > 1 and max(order) == 0:
+        raise Refused(
+            f"{g_idx.name}: is all zero though there are {groups} groups; its readers disagree on that"
+        )
+    group = order.count(0) or inputs
+    return group if order == [k // group for k in range(inputs)] else None
