@@ -84,7 +84,10 @@ def _bind(
 ) -> None:
     sites = _sites(names, delta)
     if not sites:
-        if not (delta.optional and names.find(delta.module, "weight")):
+        without = delta.parameter == "bias" and names.find(delta.module, "weight")
+        if without and not delta.optional:
+            raise _misfit(delta, f"has a bias, but the base has none beside {without[0].weight}")
+        if not without:
             bound.homeless.append(delta)
     elif isinstance(delta, Saved) and (whole := _whole(weights[sites[0].weight], delta)):
         bound.whole[whole.name] = whole
@@ -170,6 +173,9 @@ def _fitted(delta: Delta, weight: Weight, model_type: str | None) -> Delta:
     straight = delta.misfit(weight.shape)
     if len(weight.shape) == 2 and not isinstance(delta, Experts | Saved):
         turned = delta.turned()
+        either_way = straight is None and turned.misfit(weight.shape) is None
+        if either_way and model_type is None and layer in _CONV1D_LAYERS:
+            raise _misfit(delta, f"could lie in {weight.name} either way; config.json has no model_type")
         if turned.misfit(weight.shape) is None and (straight is not None or conv1d):
             return turned.on(weight.shape)
     if straight is not None:

@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
-from pipeline.ground.audit import audit
+from pipeline.ground.audit import BIASES, Audit, audit
 from pipeline.ground.deltas.delta import Delta
 from pipeline.ground.dtypes import num_bytes
 from pipeline.ground.errors import Refused
 from pipeline.ground.manifest import published
 from pipeline.ground.report import AdapterContents, ContentsRow
+from pipeline.ground.target_rules import wrong_fields
 from pipeline.ground.targets import unkept
 from pipeline.ground.units import show_bytes
 from pipeline.weight import Adapter, Checkpoint, Part, Weight
@@ -79,8 +80,11 @@ def promises(base: Checkpoint[Weight], adapter: Adapter, renames: Mapping[str, s
         name = published(part.origin).name
         modules = {delta.module for delta in part.deltas}
         refusals, found = unkept(part.config, modules, shapes, layers, renames)
-        if refusals and (lacking := _audited(part, shapes, layers)):
-            refusals.append(lacking)
+        if not wrong_fields(part.config):
+            found_out = _audited(part, shapes, layers)
+            promised, held = found_out.kinds.get(BIASES, (0, 0))
+            if (refusals or held < promised) and (lacking := found_out.sentence()):
+                refusals.append(lacking)
         wrong += [f"adapter: {name} {sentence}" for sentence in refusals]
         findings += [f"{name} {sentence}" for sentence in found]
     if wrong:
@@ -88,9 +92,9 @@ def promises(base: Checkpoint[Weight], adapter: Adapter, renames: Mapping[str, s
     yield from findings
 
 
-def _audited(part: Part, shapes: Mapping[str, tuple[int, ...]], layers: int | None) -> str | None:
+def _audited(part: Part, shapes: Mapping[str, tuple[int, ...]], layers: int | None) -> Audit:
     held = {entry.name: entry.shape for delta in part.deltas for entry in delta.entries}
-    return audit(part.config, held, shapes, layers).sentence()
+    return audit(part.config, held, shapes, layers)
 
 
 def _num_layers(base: Checkpoint[Weight]) -> int | None:

@@ -260,7 +260,7 @@ class Merged(Weight):
     def bytes_per_element(self) -> int:
         """Memory that a tile takes while it is computed, for each of its elements."""
         wide, num_parts = 8 if self.arithmetic == "F64" else 4, len(self.parts)
-        return 3 * wide + 4 + (wide * num_parts if num_parts > 1 else 0)
+        return 3 * wide + 4 + (wide * (num_parts + 2) if num_parts > 1 else 0)
 
     @contextmanager
     def open(self, device: str) -> Iterator[Tiles]:

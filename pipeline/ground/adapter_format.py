@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ground.deltas.delta import Delta
+from pipeline.ground.deltas.dora import Dora
 from pipeline.ground.deltas.kind import NOTHING_TOLD, Kind, Told, Trained
 from pipeline.ground.deltas.kinds import KINDS, NOT_MERGEABLE
 from pipeline.ground.deltas.lora import Lora
@@ -22,6 +23,7 @@ from pipeline.ground.errors import Refused
 from pipeline.ground.report import Finding
 from pipeline.ground.shards import Entry, Shard, read_shard
 from pipeline.ground.tables import read_table
+from pipeline.ground.target_rules import is_all_linear, targeting, wrong_fields
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -80,9 +82,28 @@ def read_adapter(folder: Path, told: Told = NOTHING_TOLD, initial: Path | None =
     if wrong:
         raise Refused(*wrong)
     deltas, findings = _deltas(shard, config, kind, told)
+    if beyond := _untargeted(config, deltas):
+        raise Refused(
+            f"{shard.file.path}: '{beyond[0]}' has LoRA, but {CONFIG} targets no such module, so PEFT passes "
+            f"over it ({len(beyond)} modules)"
+        )
     if init := changed_base(config) if kind.peft_type == "LORA" else None:
         deltas += _taken_from_base(folder / CONFIG, config, init, told, initial)
     return AdapterFile(config, shard, folder / CONFIG, deltas, findings)
+
+
+def _untargeted(config: Mapping[str, Any], deltas: Iterable[Delta]) -> list[str]:
+    """The modules with LoRA that target_modules does not name, with what excludes some of its names.
+
+    PEFT wraps the out_proj of a MultiheadAttention along, and both sides of what it keeps tied.
+    """
+    if config.get("target_modules") is None or is_all_linear(config) or wrong_fields(config):
+        return []
+    targeted = targeting(config)
+    modules = list(dict.fromkeys(d.module for d in deltas if isinstance(d, Lora | Dora)))
+    tied = _EMBEDDINGS if config.get("ensure_weight_tying") else frozenset[str]()
+    paths = [(module, *module.rpartition(".")[::2]) for module in modules]
+    return [m for m, owner, last in paths if not targeted(m) and owner not in modules and last not in tied]
 
 
 def _taken_from_base(

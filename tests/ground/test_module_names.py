@@ -339,6 +339,21 @@ def test_what_means_something_else_is_not_found(asked: str, held: str) -> None:
     assert find(Names({held: shape}), asked) == ()
 
 
+def test_a_tensor_of_another_rank_is_not_the_fused_experts() -> None:
+    assert (
+        find(Names({"layers.0.mlp.experts.down_proj": (6, 8)}), "layers.0.mlp.experts.1.down_proj.weight")
+        == ()
+    )
+
+
+def test_a_prefix_is_no_matter_of_depth_where_the_files_have_both_stacks() -> None:
+    held = ["layers.0.output.dense.weight", "vit.layers.1.output.dense.weight"]
+    names = Names(dict.fromkeys(held, (2, 2)))
+    assert find(names, "model.layers.0.output.dense.weight") == (Site(held[0]),)
+    assert find(names, "model.layers.1.output.dense.weight") == ()
+    assert find(names, "model.vit.layers.1.output.dense.weight") == (Site(held[1]),)
+
+
 def test_a_name_that_the_files_have_is_that_weight_whatever_else_might_answer() -> None:
     held = ["model.layers.0.mlp.up_proj.weight", "language_model.model.layers.0.mlp.up_proj.weight"]
     names = Names(dict.fromkeys(held, (2, 2)))

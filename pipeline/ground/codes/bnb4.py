@@ -21,7 +21,7 @@ from struct import unpack
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows, read_whole
-from pipeline.ground.codes.parts import each, num_bytes, read_bytes, reading, refusal, told
+from pipeline.ground.codes.reading import each, num_bytes, read_small, reading, refusal, told
 from pipeline.ground.codes.small_floats import pairs, unpaired
 from pipeline.ground.shards import Entry
 from pipeline.ground.tables import parse_table
@@ -138,7 +138,7 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
                 weight, f"is {told(weight)}, not a column of the {prod(shape)} codes of {list(shape)}"
             )
         _expect(levels, "F32", 16)
-        differ = zip(unpack("<16f", read_bytes(levels)), LEVELS[kind], strict=True)
+        differ = zip(unpack("<16f", read_small(levels)), LEVELS[kind], strict=True)
         if not all(abs(one - other) <= 1e-6 for one, other in differ):  # as QuantState.__eq__ compares
             raise refusal(levels, f"is not the table of {kind}, by which bitsandbytes decodes")
         blocks = -(-prod(shape) // blocksize)
@@ -151,7 +151,7 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
 
 def _state(entry: Entry, kind: str) -> dict[str, Any]:
     """The JSON of a quant_state; Refused where it is not what bitsandbytes writes."""
-    table = parse_table(read_bytes(entry), f"{entry.extent.file.path}: '{entry.name}'")
+    table = parse_table(read_small(entry), f"{entry.extent.file.path}: '{entry.name}'")
     shape = table.get("shape")
     sound = {
         "quant_type": table.get("quant_type") == kind,

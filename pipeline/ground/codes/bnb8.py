@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows
-from pipeline.ground.codes.parts import each, read_bytes, reading, refusal, told
+from pipeline.ground.codes.reading import each, read_small, reading, refusal, told
 from pipeline.ground.shards import Entry
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
             raise refusal(
                 scale, f"is {told(scale)}; the codes {list(weight.shape)} need F32 [{weight.shape[0]}]"
             )
-        if form and (form.extent.length != 1 or read_bytes(form) != b"\0"):
+        if form and (form.extent.length != 1 or read_small(form) != b"\0"):
             raise refusal(form, "is not 0 (rows as they are): the tiles of old GPU kernels cannot be read")
         return Found(weight.name, Bnb8(weight.shape, weight, scale, form), weight)
 

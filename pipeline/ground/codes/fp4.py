@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.ground.codes.code import Code, Rows, read_whole
-from pipeline.ground.codes.parts import matrices, reading
+from pipeline.ground.codes.reading import matrices, reading
 from pipeline.ground.codes.small_floats import E2M1, floats, pairs, scaled, stacked, unpaired
 from pipeline.ground.shards import Entry
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows
-from pipeline.ground.codes.parts import each, matrices, num_bytes, read_bytes, reading, refusal, told
+from pipeline.ground.codes.reading import each, matrices, num_bytes, read_small, reading, refusal, told
 from pipeline.ground.codes.small_floats import E8M0, SCALES, byte_values, floats, looked_up, scaled
 from pipeline.ground.shards import Entry
 
@@ -32,7 +32,7 @@ _USUAL = (128, 128)
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Where the scales lie: matrices of `rows` rows, each with `down` x `across` blocks of `height` x `width`."""
+    """Where scales lie: matrices of `rows` rows, of `down` x `across` blocks of `height` x `width` each."""
 
     rows: int
     down: int
@@ -119,7 +119,7 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
             shapes = f"{list(scales[0].shape)}, which fits neither the whole {list(weight.shape)}"
             raise refusal(scales[0], f"is {shapes}, nor its rows, nor blocks of {of}")
         zero = tensors.get(weight.name + "_zero_point")
-        if zero and any(read_bytes(zero)):
+        if zero and any(read_small(zero)):
             raise refusal(zero, f"is {told(zero)} and not zero: FP8 codes with an offset cannot be read")
         return Found(weight.name, Fp8(weight.shape, weight, scales[0], grid, zero), weight)
 
@@ -141,7 +141,7 @@ def scale_names(name: str) -> tuple[str, ...]:
 def fitted(
     shape: tuple[int, ...], scales: tuple[int, ...], blocks: tuple[tuple[int, int], ...], by_column: bool
 ) -> Grid | None:
-    """The grid of scales of this shape, None if there is none; `by_column`: (E, K, 1) are scales of columns."""
+    """The grid of scales of this shape, None if it is none; `by_column`: (E, K, 1) belong to columns."""
     outer, rows, columns = matrices(shape)
     if all(size == 1 for size in scales):
         return Grid(outer * rows, 1, 1, outer * rows, columns)

@@ -6,8 +6,8 @@ output; `qzeros` I32 `(groups, out * bits / 32)`: the same along the outputs; `s
 
     W[n, k] = scales[g, n] * (q[k, n] - z[g, n]),  g = g_idx[k]
 
-Version 1 (`checkpoint_format` missing or gptq) holds z - 1, version 2 (gptq_v2, gptq_p) z. gptq_p holds 3, 5, 6
-and 7 bit codes in planes: of each 32 codes first the low 2 or 4 bits, then the higher ones.
+Version 1 (`checkpoint_format` missing or gptq) stores z - 1, version 2 (gptq_v2, gptq_p) z. gptq_p holds
+codes of 3, 5, 6 and 7 bits in planes: of every 32 first the low 2 or 4 bits, then the higher ones.
 Sources: AutoGPTQ 0.7.1 `qlinear_cuda.py`, gptqmodel 7.7.0 `qlinear/__init__.py` and `planar_packing.py`.
 """
 
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows, read_whole
-from pipeline.ground.codes.gptq_versions import check_zeros, declared
+from pipeline.ground.codes.gptq_settings import bits_and_inputs, check_zeros, declared, group_size, ours
 from pipeline.ground.codes.integers import scaled, unpacked
-from pipeline.ground.codes.parts import Parts, by_module, mentioned, read_numbers, weight_of
-from pipeline.ground.errors import Refused
+from pipeline.ground.codes.parts import Parts, by_module, sibling
+from pipeline.ground.codes.reading import each, refusal
 from pipeline.ground.shards import Entry
 
 if TYPE_CHECKING:
@@ -112,74 +112,33 @@ def zero_points(words: Tensor, bits: int, version: int, planar: bool) -> Tensor:
 
 
 def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[Found]:
-    """Modules with `qweight`, `qzeros` and `scales` in GPTQ's shapes, with `g_idx` or not."""
+    """Modules with `qweight`, `qzeros` and `scales` in GPTQ's shapes, with `g_idx` or without."""
     settings = {**quantization.beside, **quantization.config}
-    for module, parts in by_module(tensors).items():
-        main = parts.get("qweight")
-        if main is not None and main.dtype == "I32" and _is_ours(parts, settings):
-            yield Found(weight_of(module), _code(main, parts, settings), main)
+    modules = {p["qweight"].name: p for p in by_module(tensors).values() if "qweight" in p}
 
+    def found(main: Entry) -> Found | None:
+        parts = modules[main.name]
+        return (
+            Found(sibling(main, "weight"), _code(main, parts, settings), main)
+            if ours(parts, settings)
+            else None
+        )
 
-def _is_ours(parts: Parts, settings: Mapping[str, Any]) -> bool:
-    if "g_idx" in parts:
-        return True
-    method = f"{settings.get('quant_method')} {settings.get('packing_format')}".lower()
-    shapes = [parts[part].shape for part in ("qweight", "qzeros", "scales") if part in parts]
-    fits = len(shapes) == 3 and shapes[0][1:] == shapes[2][1:] and shapes[1][:1] == shapes[2][:1]
-    return "awq" not in method and (fits or "gptq" in method)
+    yield from each((parts["qweight"] for parts in modules.values()), found)
 
 
 def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> GPTQ:
-    name = main.name
     if missing := [part for part in ("qzeros", "scales") if part not in parts]:
-        raise Refused(f"{name}: stands without its {' and '.join(missing)}")
+        raise refusal(main, f"stands without its {' and '.join(missing)}")
     if strange := sorted(set(parts) - {"qweight", "qzeros", "scales", "g_idx", "bias"}):
-        raise Refused(
-            f"{name}: stands beside '{strange[0]}', which no GPTQ layer has; it may rotate or replace it"
+        raise refusal(
+            main, f"stands beside '{strange[0]}', which no GPTQ layer has: it may mean something else"
         )
-    if "embed" in name or ".wte." in name:
-        raise Refused(f"{name}: is a GPTQ embedding, which this version cannot decode; leave it in 16 bits")
+    if "embed" in main.name or ".wte." in main.name:
+        raise refusal(main, "is a GPTQ embedding, which is laid out otherwise; give the model in 16 bits")
     version, planar = declared(settings)
     qzeros, scales, g_idx = parts["qzeros"], parts["scales"], parts.get("g_idx")
-    shapes = [entry.shape for entry in (main, qzeros, scales)]
-    if any(len(shape) != 2 for shape in shapes) or scales.dtype not in {"F16", "BF16", "F32"}:
-        raise Refused(f"{name}: qweight, qzeros and scales are {shapes}, scales {scales.dtype}, not GPTQ's")
-    (words, outputs), (groups, columns) = main.shape, qzeros.shape
-    inputs = g_idx.shape[0] if g_idx else None
-    said = mentioned(settings, "bits")
-    fitting = [
-        bits
-        for bits in ((2, 3, 4, 5, 6, 7, 8) if planar else (2, 3, 4, 8))
-        if (not said or bits in said)
-        and columns == -(-outputs * bits // 32)
-        and (inputs is None or words == -(-inputs * bits // 32))
-        and (32 % bits == 0 or words % bits == columns % bits == 0)
-    ]
-    if len(fitting) != 1 or scales.shape != (groups, outputs) or qzeros.dtype != "I32":
-        raise Refused(
-            f"{name}: qweight {main.shape}, qzeros {qzeros.shape} and scales {scales.shape} do not fit together "
-            f"as GPTQ of {' or '.join(map(str, said)) or '2, 3, 4 or 8'} bits; the file is damaged or mislabelled"
-        )
-    bits = fitting[0]
-    inputs = words * 32 // bits if inputs is None else inputs
-    group = _group(name, inputs, groups, g_idx, mentioned(settings, "group_size"))
+    bits, inputs = bits_and_inputs(parts, planar, settings)
+    group = group_size(main, inputs, scales.shape[0], g_idx, settings)
     check_zeros(qzeros, bits, version, settings)
-    return GPTQ((outputs, inputs), bits, version, planar, group, main, qzeros, scales, g_idx)
-
-
-def _group(name: str, inputs: int, groups: int, g_idx: Entry | None, said: list[int]) -> int | None:
-    """Inputs per group where groups are neighbours, None where `g_idx` says otherwise."""
-    if g_idx is None:
-        group = inputs // groups
-        if group * groups != inputs or (said and group not in said and not (groups == 1 and -1 in said)):
-            raise Refused(f"{name}: {inputs} inputs in {groups} groups are not groups of {said} (group_size)")
-        return group
-    order = read_numbers(g_idx) if g_idx.dtype in {"I32", "I64"} else [-1]
-    if min(order) < 0 or max(order) >= groups:
-        raise Refused(f"{g_idx.name}: names groups {min(order)} to {max(order)}, but there are {groups}")
-    if groups > 1 and max(order) == 0:
-        raise Refused(
-            f"{g_idx.name}: is all zero though there are {groups} groups; its readers disagree on that"
-        )
-    group = order.count(0) or inputs
-    return group if order == [k // group for k in range(inputs)] else None
+    return GPTQ((scales.shape[1], inputs), bits, version, planar, group, main, qzeros, scales, g_idx)

@@ -1,11 +1,13 @@
 """MXFP4: FP4 codes with a power of two (E8M0) for every 32 of a row.
 
-compressed-tensors (`mxfp4-pack-quantized`) `weight_packed` U8 (N, K / 2), `weight_scale` U8 (N, K / 32); Quark and
-modelopt `weight` and `weight_scale` alike; DeepSeek-V4's experts `weight` I8 or F4 and `scale` F8_E8M0.
+compressed-tensors (`mxfp4-pack-quantized`) `weight_packed` U8 (N, K / 2), `weight_scale` U8 (N, K / 32);
+Quark and modelopt `weight` and `weight_scale` alike; DeepSeek-V4's experts `weight` I8 or F4 and `scale`
+F8_E8M0.
 
 gpt-oss: `X_blocks` U8 (E, O, I / 32, 16) and `X_scales` U8 (E, O, I / 32) mean `X` (E, I, O), transposed:
-transformers' `convert_moe_packed_tensors`. A row of it takes a nibble of every row of bytes, so the bytes of
-an expert are held while its rows are asked for. (MXFP8 is a layout of fp8.py.)
+transformers' `convert_moe_packed_tensors`, by ldexp, which overflows later than a product with the power.
+A row of it takes a nibble of every row of bytes, so the bytes of an expert are held while its rows are asked
+for. (MXFP8 is a layout of fp8.py.)
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ from typing import TYPE_CHECKING
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows
 from pipeline.ground.codes.fp4 import Fp4
 from pipeline.ground.codes.fp8 import scale_names
-from pipeline.ground.codes.parts import each, reading, refusal, told
-from pipeline.ground.codes.small_floats import E8M0, byte_values, looked_up, stacked
+from pipeline.ground.codes.reading import each, reading, refusal, told
+from pipeline.ground.codes.small_floats import E2M1, E8M0, byte_values, looked_up, stacked
 from pipeline.ground.shards import Entry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _GROUP = 32
+_DOUBLED = tuple(2 * level for level in E2M1)
 _HELD = 2  # experts whose bytes are held: tiles in flight are of one, or of two that follow each other
 
 
@@ -60,10 +63,10 @@ class GptOss(Code):
         import torch
 
         _, inputs, outputs = self.shape
-        powers, one_at_a_time = byte_values("U8", device), Lock()
+        powers, one_at_a_time = _half_powers(device), Lock()
         with reading(device, self.blocks, self.scales) as parts:
 
-            @lru_cache(maxsize=_HELD)
+            @lru_cache(_HELD)
             def expert(index: int) -> list[Tensor]:
                 sizes = (outputs * inputs // 2, outputs * inputs // _GROUP)
                 both = zip(parts, sizes, strict=True)
@@ -82,11 +85,18 @@ class GptOss(Code):
 
 
 def decode(packed: Tensor, scales: Tensor, low: int, high: int, powers: Tensor) -> Tensor:
-    """Rows low:high, `(high - low, O)` float32, of bytes `(O, I / 2)` and `(O, I / 32)`; low a multiple of 32."""
+    """Rows low:high, `(high - low, O)` float32, of `(O, I / 2)` and `(O, I / 32)`; 32 divides low."""
     first, last = low // _GROUP, -(-high // _GROUP)
     codes = packed[:, first * _GROUP // 2 : last * _GROUP // 2].t().contiguous()
     scale = looked_up(powers, scales[:, first:last].t().contiguous())
-    return stacked(codes, scale, _GROUP)[: high - low]
+    return stacked(codes, scale, _GROUP, _DOUBLED)[: high - low]
+
+
+def _half_powers(device: str) -> Tensor:
+    """2^(byte - 128) of every byte, `(256,)` float32: for doubled levels, to overflow only where ldexp does."""
+    powers = byte_values("U8", "cpu") / 2
+    powers[255] = 2.0**127
+    return powers.to(device)
 
 
 def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[Found]:
@@ -123,7 +133,7 @@ def _gpt_oss(blocks: Entry, tensors: Mapping[str, Entry]) -> Found | None:
     ):
         raise refusal(
             blocks,
-            f"is {blocks.dtype} under the name of codes: transformers wrote a model that it had loaded from MXFP4; "
+            f"is {blocks.dtype} under the name of codes: transformers wrote it after it had loaded MXFP4; "
             "save it again with save_original_format=False",
         )
     if blocks.dtype != "U8" or len(blocks.shape) != 4 or blocks.shape[-1] * 2 != _GROUP:

@@ -1,9 +1,10 @@
 """NVFP4: FP4 codes, an E4M3 scale for every 16 of a row, a float32 scale for the tensor.
 
-compressed-tensors (`nvfp4-pack-quantized`): `weight_packed` U8 (N, K / 2), `weight_scale` F8_E4M3 (N, K / 16),
-`weight_global_scale` F32; W = level * (scale / global_scale). modelopt: `weight`, `weight_scale` and
-`weight_scale_2`; W = level * (scale * scale_2). 1 / global_scale is not what scale_2 was: the last bit
-differs, so each is computed as its own reader does (`NVFP4PackedCompressor`, `NVFP4QTensor.dequantize`).
+compressed-tensors (`nvfp4-pack-quantized`): `weight_packed` U8 (N, K / 2), `weight_scale` F8_E4M3
+(N, K / 16), `weight_global_scale` F32; W = level * (scale / global_scale). modelopt: `weight`,
+`weight_scale` and `weight_scale_2`; W = level * (scale * scale_2). 1 / global_scale is not what scale_2 was:
+the last bit differs, so each is computed as its own reader does it (`NVFP4PackedCompressor`,
+`NVFP4QTensor.dequantize`).
 modelopt's fused experts of Llama 4 and gpt-oss (`X`, `X_weight_scale`, `X_weight_scale_2`) lie as the model
 has them, (E, in, out), and are packed along in: U8 (E, in / 2, out), scales (E, in / 16, out).
 """
@@ -15,7 +16,7 @@ from math import prod
 
 from pipeline.ground.codes.code import Found, Quantization
 from pipeline.ground.codes.fp4 import Fp4
-from pipeline.ground.codes.parts import each, refusal, told
+from pipeline.ground.codes.reading import each, refusal, told
 from pipeline.ground.shards import Entry
 
 _GROUP = 16
@@ -34,7 +35,7 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
     def found(packed: Entry) -> Found | None:
         for codes, dense, scale_name, whole_name, divides in _WRITERS:
             stem = packed.name.removesuffix(codes)
-            if stem == packed.name and codes or stem + whole_name not in tensors:
+            if (stem == packed.name and codes) or stem + whole_name not in tensors:
                 continue
             scale, whole = tensors.get(stem + scale_name), tensors[stem + whole_name]
             if scale is None or scale.dtype != "F8_E4M3":

@@ -77,7 +77,7 @@ def scaled(values: Tensor, scales: Tensor, width: int) -> Tensor:
     return values
 
 
-def stacked(packed: Tensor, scales: Tensor, group: int) -> Tensor:
+def stacked(packed: Tensor, scales: Tensor, group: int, levels: tuple[float, ...] = E2M1) -> Tensor:
     """FP4 packed along the rows: bytes `(n, columns)` to `(2n, columns)` float32.
 
     Byte i of a column holds its rows 2i (low nibble) and 2i + 1; every `group` rows have scales
@@ -85,7 +85,7 @@ def stacked(packed: Tensor, scales: Tensor, group: int) -> Tensor:
     """
     import torch
 
-    levels = torch.tensor(E2M1, dtype=torch.float32, device=packed.device)
-    values = looked_up(levels, torch.stack([packed & 15, packed >> 4], 1))
+    table = torch.tensor(levels, dtype=torch.float32, device=packed.device)
+    values = looked_up(table, torch.stack([packed & 15, packed >> 4], 1))
     values = values.view(len(scales), group, packed.shape[1]).mul_(scales[:, None])
     return values.view(2 * len(packed), packed.shape[1])

@@ -1,0 +1,185 @@
+"""AWQ: 4 bit codes in groups of inputs with zero points, packed for one of two kernels.
+
+gemm: `qweight` I32 `(in, out / 8)`, `qzeros` I32 `(groups, out / 8)`, `scales` `(groups, out)`; the i-th
+nibble of a word, the lowest first, is output 8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i].
+gemv: `qweight` I32 `(out, in / 8)`, a stream of nibbles, `qzeros` I32 `(out, p)` likewise, `scales`
+`(out, 8 p)`; both are filled up at the end of a row.
+
+    W[n, k] = (q[n, k] - z[n, g]) * scales[n, g],  g = k // group
+
+AWQ has folded scales of its inputs into the layers before: these weights fit no other model, not even the
+one in 16 bits that they were made from.
+Sources: AutoAWQ 0.2.9 `packing_utils.py` and `linear/gemv.py`; AutoRound's auto_round:auto_awq is gemm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.ground.codes.code import Code, Found, Quantization, Rows, read_whole
+from pipeline.ground.codes.integers import scaled, unpacked
+from pipeline.ground.codes.parts import Parts, by_module, mentioned, named, sibling
+from pipeline.ground.codes.reading import each, num_bytes, reading, refusal
+from pipeline.ground.dtypes import torch_dtype
+from pipeline.ground.shards import Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_KERNELS = {"gemv_fast", "gemvfast", "llm-awq", "marlin"}
+_DTYPES = {("I32", "I32", scales) for scales in ("F16", "BF16", "F32")}
+
+
+@dataclass(frozen=True)
+class AWQGemm(Code):
+    """Packed along the outputs: eight rows of W are a column of words, so the words are held whole."""
+
+    group: int
+    qweight: Entry
+    qzeros: Entry
+    scales: Entry
+
+    @property
+    def describe(self) -> str:
+        return f"AWQ gemm 4 bit, groups of {self.group}"
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self.qweight, self.qzeros, self.scales
+
+    @property
+    def grain(self) -> int:
+        return 8
+
+    @property
+    def state_bytes(self) -> int:
+        return self.qweight.extent.length + self.qzeros.extent.length + self.scales.extent.length
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Rows]:
+        words, zeros = read_whole(self.qweight, device), read_whole(self.qzeros, device)
+        scales = read_whole(self.scales, device)
+
+        def rows(start: int, stop: int) -> Tensor:
+            assert start % 8 == 0, f"row {start} lies within a word"
+            columns = slice(start // 8, -(-stop // 8))
+            values, zero = interleaved(words[:, columns]), interleaved(zeros[:, columns])
+            scale = scales[:, start:stop].t().float()
+            return scaled(values[: stop - start], scale, zero[: stop - start], self.group)
+
+        yield rows
+
+
+def interleaved(words: Tensor) -> Tensor:
+    """Nibbles of int32 words `(inputs, outputs / 8)` in gemm's order: `(outputs, inputs)` float32."""
+    import torch
+
+    turned = words.contiguous().t().contiguous()
+    values = torch.empty(len(turned), 8, turned.shape[1], device=words.device)
+    for nibble, output in enumerate(_ORDER):
+        values[:, output] = turned >> 4 * nibble & 15
+    return values.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class AWQGemv(Code):
+    """Packed along the inputs: rows of W are rows of words."""
+
+    group: int
+    qweight: Entry
+    qzeros: Entry
+    scales: Entry
+
+    @property
+    def describe(self) -> str:
+        return f"AWQ gemv 4 bit, groups of {self.group}"
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self.qweight, self.qzeros, self.scales
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Rows]:
+        kind, groups = torch_dtype(self.scales.dtype), self.shape[1] // self.group
+        codes, zero_bytes = self.shape[1] // 2, self.qzeros.shape[1] * 4
+        scale_bytes = self.scales.shape[1] * num_bytes(self.scales)
+        with reading(device, *self.entries) as (packed, zeros, scales):
+
+            def rows(start: int, stop: int) -> Tensor:
+                scale = scales(start * scale_bytes, stop * scale_bytes).view(kind).view(stop - start, -1)
+                zero = unpacked(zeros(start * zero_bytes, stop * zero_bytes).view(stop - start, -1), 4)
+                values = unpacked(packed(start * codes, stop * codes).view(stop - start, -1), 4)
+                return scaled(values, scale[:, :groups].float(), zero[:, :groups], self.group)
+
+            yield rows
+
+
+def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[Found]:
+    """Modules with `qweight`, `qzeros` and `scales`, but no `g_idx`, in AWQ's shapes."""
+    settings = {**quantization.beside, **quantization.config}
+    modules = {
+        p["qweight"].name: p for p in by_module(tensors).values() if "qweight" in p and "g_idx" not in p
+    }
+
+    def found(main: Entry) -> Found | None:
+        code = _code(main, modules[main.name], settings)
+        return Found(sibling(main, "weight"), code, main) if code else None
+
+    yield from each((parts["qweight"] for parts in modules.values()), found)
+
+
+def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> Code | None:
+    kernel = str(settings.get("version") or settings.get("format") or "gemm").lower()
+    awq = "awq" in f"{settings.get('quant_method')} {settings.get('packing_format')}".lower()
+    if main.dtype == "I16" and ("scaled_zeros" in parts or parts.get("qzeros", main).dtype == "F16"):
+        kernel, awq = "llm-awq" if "scaled_zeros" in parts else "gemv_fast", True
+    if awq and kernel in _KERNELS:
+        raise refusal(
+            main, f"is AWQ packed for the {kernel} kernel alone; give the same model's gemm checkpoint"
+        )
+    code = None
+    if {"qzeros", "scales"} <= set(parts):
+        qzeros, scales = parts["qzeros"], parts["scales"]
+        said = mentioned(settings, "group_size", "q_group_size")
+        if (main.dtype, qzeros.dtype, scales.dtype) in _DTYPES:
+            code = _gemm(main, qzeros, scales, said) or (_gemv(main, qzeros, scales, said) if awq else None)
+    if code and (strange := sorted(set(parts) - {"qweight", "qzeros", "scales", "bias"})):
+        raise refusal(
+            main, f"stands beside '{strange[0]}', which no AWQ layer has: it may mean something else"
+        )
+    if awq and not code:
+        raise refusal(main, f"does not fit together as AWQ of 4 bits, gemm or gemv: {named(parts)}")
+    return code
+
+
+def _gemm(qweight: Entry, qzeros: Entry, scales: Entry, said: list[int]) -> AWQGemm | None:
+    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
+        return None
+    (inputs, columns), (groups, outputs) = qweight.shape, scales.shape
+    if qzeros.shape != (groups, columns) or outputs != 8 * columns or not groups or inputs % groups:
+        return None
+    group = inputs // groups
+    if said and group not in said and not (groups == 1 and -1 in said):
+        return None
+    return AWQGemm((outputs, inputs), group, qweight, qzeros, scales)
+
+
+def _gemv(qweight: Entry, qzeros: Entry, scales: Entry, said: list[int]) -> AWQGemv | None:
+    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
+        return None
+    outputs, inputs, words = qweight.shape[0], qweight.shape[1] * 8, qzeros.shape[1]
+    groups = {inputs if group == -1 else group for group in said}
+    fitting = [g for g in groups if g >= 16 and inputs % g == 0 and _zero_words(inputs // g, g) == words]
+    if len(fitting) != 1 or qzeros.shape[0] != outputs or scales.shape != (outputs, 8 * words):
+        return None
+    return AWQGemv((outputs, inputs), fitting[0], qweight, qzeros, scales)
+
+
+def _zero_words(groups: int, group: int) -> int:
+    """Words of zero points in a row of gemv; small groups need a multiple of 128 / group."""
+    words, multiple = -(-groups // 8), max(128 // group, 1)
+    return -(-words // multiple) * multiple
