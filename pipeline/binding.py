@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeline.ground.deltas.delta import Delta
+from pipeline.ground.deltas.delta import UNKNOWN, Delta
 from pipeline.ground.deltas.experts import Experts, settled
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.dtypes import DENSE_FLOATS
@@ -176,7 +176,8 @@ def _fitted(delta: Delta, weight: Weight, model_type: str | None) -> Delta:
         either_way = straight is None and turned.misfit(weight.shape) is None
         if either_way and model_type is None and layer in _CONV1D_LAYERS:
             raise _misfit(delta, f"could lie in {weight.name} either way; config.json has no model_type")
-        if turned.misfit(weight.shape) is None and (straight is not None or conv1d):
+        told = UNKNOWN not in delta.shape  # a size that the adapter does not tell fits anything
+        if turned.misfit(weight.shape) is None and (conv1d or (straight is not None and told)):
             return turned.on(weight.shape)
     if straight is not None:
         raise _misfit(delta, f"{straight}, but {weight.name} is {list(weight.shape)}")

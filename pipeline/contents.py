@@ -8,6 +8,8 @@ from math import prod
 
 from pipeline.ground.audit import BIASES, Audit, audit
 from pipeline.ground.deltas.delta import Delta
+from pipeline.ground.deltas.lora_family import NESTED
+from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.dtypes import num_bytes
 from pipeline.ground.errors import Refused
 from pipeline.ground.manifest import published
@@ -78,10 +80,10 @@ def promises(base: Checkpoint[Weight], adapter: Adapter, renames: Mapping[str, s
     findings: list[str] = []
     for part in adapter.parts:
         name = published(part.origin).name
-        modules = {delta.module for delta in part.deltas}
+        modules = {delta.module for delta in part.deltas if not _is_beside(delta)}
         refusals, found = unkept(part.config, modules, shapes, layers, renames)
         if not wrong_fields(part.config):
-            found_out = _audited(part, shapes, layers)
+            found_out = _audited(part, shapes, layers, renames)
             promised, held = found_out.kinds.get(BIASES, (0, 0))
             if (refusals or held < promised) and (lacking := found_out.sentence()):
                 refusals.append(lacking)
@@ -92,9 +94,19 @@ def promises(base: Checkpoint[Weight], adapter: Adapter, renames: Mapping[str, s
     yield from findings
 
 
-def _audited(part: Part, shapes: Mapping[str, tuple[int, ...]], layers: int | None) -> Audit:
+def _is_beside(delta: Delta) -> bool:
+    """Whether it is what PEFT saves beside the trained: copies of the base's weights, biases."""
+    return isinstance(delta, Saved) and (NESTED in delta.entry.name or delta.parameter == "bias")
+
+
+def _audited(
+    part: Part,
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: int | None,
+    renames: Mapping[str, str],
+) -> Audit:
     held = {entry.name: entry.shape for delta in part.deltas for entry in delta.entries}
-    return audit(part.config, held, shapes, layers)
+    return audit(part.config, held, shapes, layers, renames)
 
 
 def _num_layers(base: Checkpoint[Weight]) -> int | None:

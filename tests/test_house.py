@@ -17,7 +17,18 @@ from tests.command import ARGUMENTS, run
 HOUSE = Path(pipeline.__file__).parent
 FILES = sorted(path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.py"))
 DOOR = {"__main__", "arguments", "compose", "door", "help", "recipe_source", "sentences"}
-CONTRACT = {"stage", "weight", "layout", "stream"}
+CONTRACT = {
+    "binding",
+    "combined",
+    "contents",
+    "heads",
+    "layout",
+    "merging",
+    "stage",
+    "stream",
+    "tying",
+    "weight",
+}
 FLOORS = ["ground", "contract", "stages", "door"]  # from below
 HEAVY = {"torch", "transformers", "peft", "gguf", "tokenizers"}
 
@@ -262,7 +273,8 @@ def test_an_installed_package_adds_a_stage_with_its_settings(here: Path, tmp_pat
         here / "base" / "model.safetensors"
     ).read_bytes()
     wrong = run(*ARGUMENTS, "merge=noting", cwd=here, env=env)
-    assert wrong.stderr == "error: merge: no stage 'noting'; choose exact, nothing\n"
+    choices = ", ".join(sorted([*stage.STAGES["merge"], "nothing"]))
+    assert wrong.stderr == f"error: merge: no stage 'noting'; choose {choices}\n"
     unknown = run(*ARGUMENTS, "merge=nothing", "merge.weight=1", cwd=here, env=env)
     assert unknown.stderr.startswith("error: merge.weight: no such key")
 
@@ -285,9 +297,10 @@ def test_a_package_is_not_loaded_for_what_a_recipe_says(here: Path, tmp_path: Pa
     site = tmp_path / "site"
     env = install(site, f"open({str(here / 'pwned')!r}, 'w')\n")
     (site / "tiny_stages-1.0.dist-info" / "entry_points.txt").unlink()
+    choices = ", ".join(sorted(stage.STAGES["merge"]))
     for name in ("tiny_stages", "tiny_stages.Nothing"):
         said = run(*ARGUMENTS, f"merge={name}", cwd=here, env=env)
-        assert said.stderr == f"error: merge: no stage '{name}'; choose exact\n"
+        assert said.stderr == f"error: merge: no stage '{name}'; choose {choices}\n"
     assert not (here / "pwned").exists()
 
 

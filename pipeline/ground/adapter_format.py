@@ -276,11 +276,10 @@ def _saved(inside: str, entry: Entry, config: Mapping[str, Any]) -> Delta | None
 
 
 def _is_saved_module(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether it, or one above it, ends like an entry of modules_to_save - as PEFT has it, without a dot."""
     parts = module.split(".")
     above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    return any(
-        path == m or path.endswith(f".{m}") for path in above for m in config.get("modules_to_save") or []
-    )
+    return any(path.endswith(entry) for path in above for entry in config.get("modules_to_save") or [])
 
 
 def _foreign(name: str) -> str:

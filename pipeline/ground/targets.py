@@ -83,7 +83,8 @@ def unkept(
 
     `file_modules`: all that the file has LoRA, saved modules or token rows for, but not copies that PEFT
     saves along. `base`: the decoded shapes of the checkpoint's weights by its files' names. `num_layers`:
-    the language model's, where the files may have more. `renames`: {from: to} from the adapter's names to the base's.
+    the language model's, where the files may have more. `renames`: {from: to} from the adapter's names to
+    the base's.
     """
     if wrong := wrong_fields(config):
         return [f"{CONFIG}: {sentence}" for sentence in wrong], []
@@ -101,7 +102,7 @@ def unkept(
 
 def _findings(found: Promise) -> Iterator[str]:
     for field, entries in found.slips.items():
-        yield f"{CONFIG} lists {_quoted(entries)} in {field}, which neither the file nor the base has"
+        yield f"has nothing for {_quoted(entries)}, which {CONFIG} lists in {field}; nor has the base"
     for tower, count in found.apart.items():
         means = f"that {CONFIG} means; right if its model lacked them"
         yield f"has none of the {count} modules under '{tower}' {means}"

@@ -136,6 +136,15 @@ def test_float64_has_the_same_elements(way: Combination) -> None:
     assert bool(((narrow.double() - wide).abs() <= FLOAT32_SLACK * size).all())
 
 
+def test_what_float32_cannot_tell_apart_is_chosen_alike() -> None:
+    random = torch.Generator().manual_seed(0)
+    delta = 1 + 1e-9 * torch.rand(ROWS, COLUMNS, generator=random, dtype=torch.float64)
+    assert bool(combined(Combination("", Largest(0.3)), [delta], [1.0], dtype=torch.float64).all())
+    even = [delta, -1 - 1e-9 * torch.rand(ROWS, COLUMNS, generator=random, dtype=torch.float64)]
+    ties = Combination("", Largest(1.0), MajoritySign.total)
+    assert torch.equal(combined(ties, even, [1.0, 1.0], dtype=torch.float64), delta)
+
+
 @pytest.mark.parametrize("way", WAYS[:3], ids=str)
 def test_the_order_of_deltas_changes_no_bit(way: Combination) -> None:
     deltas = some_deltas(4)

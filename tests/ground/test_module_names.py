@@ -24,7 +24,6 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from pipeline.ground.canonical_names import canonical
 from pipeline.ground.errors import Refused
 from pipeline.ground.module_names import Names, Site
 
@@ -305,6 +304,9 @@ def test_the_three_eras_of_gemma3_find_each_other(adapter: int, files: int) -> N
         ("bert.encoder.layer.0.output.LayerNorm.bias", "encoder.layer.0.output.LayerNorm.beta"),
         ("lm_head.weight", "embed_out.weight"),
         ("model.layers.0.mlp.gate.weight", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.router.gate.weight"),
+        ("layers.0.mlp.experts.gate_up_proj", "language_model.model.layers.0.mlp.experts.fc1.weight"),
+        ("layers.0.mlp.experts.down_proj", "language_model.model.layers.0.mlp.experts.fc2.weight"),
         ("model.layers.0.mlp.experts.1.w2.weight", "model.layers.0.block_sparse_moe.experts.1.w2.weight"),
         ("model.layers.0.mlp.experts.1.w3.weight", "model.layers.0.mlp.experts.1.up_proj.weight"),
     ],
@@ -517,11 +519,6 @@ def test_nothing_is_found_in_another_layer_expert_or_kind(
         assert numbers(asked) in (numbers(site.weight), numbers(site.weight) + expert) or (
             numbers(asked) + expert == numbers(site.weight)
         )
-
-
-@given(name=weight_names)
-def test_the_canonical_form_is_its_own(name: str) -> None:
-    assert canonical(canonical(name)) == canonical(name)
 
 
 def test_names_are_found_without_torch_or_transformers() -> None:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from pipeline.ground.adapter_format import scaling
+from pipeline.ground.deltas.lora_family import scaling
+from pipeline.ground.deltas.patterns import pattern_value
 from pipeline.ground.names import matches, unmatched
 
 LAYER = "model.layers.10.self_attn.q_proj"
@@ -49,8 +50,9 @@ patterns = st.one_of(
 
 @given(module=modules, alphas=st.dictionaries(patterns, st.integers(1, 64), max_size=4),
        ranks=st.dictionaries(patterns, st.integers(1, 64), max_size=4), rslora=st.booleans())  # fmt: skip
-def test_scaling_is_pefts(module: str, alphas: dict[str, int], ranks: dict[str, int], rslora: bool) -> None:
+def test_ranks_and_scaling_are_pefts(module: str, alphas: dict[str, int], ranks: dict[str, int], rslora: bool) -> None:
     config = {"r": 7, "lora_alpha": 5, "alpha_pattern": alphas, "rank_pattern": ranks, "use_rslora": rslora}
     alpha = alphas.get(get_pattern_key(alphas, module), 5)
     rank = ranks.get(get_pattern_key(ranks, module), 7)
-    assert scaling(module, config) == (alpha / rank**0.5 if rslora else alpha / rank)
+    assert pattern_value(module, ranks, 7) == rank
+    assert scaling(module, config, rank) == (alpha / rank**0.5 if rslora else alpha / rank)

@@ -121,6 +121,7 @@ def saved_config(model: PeftModel) -> dict[str, Any]:
 @example(
     config={"target_modules": ["up_proj"], "layers_to_transform": [1], "layers_pattern": "layers|experts"}
 )
+@example(config={"target_modules": ["up_proj"], "layers_to_transform": [1], "layers_pattern": r"\w+"})
 @given(config=configs())
 def test_targets_are_pefts_own(config: dict[str, Any]) -> None:
     peft = LoraConfig(**config)
@@ -597,8 +598,8 @@ def test_a_name_that_the_model_never_had_is_a_finding() -> None:
     )
     assert not refusals
     assert findings == [
-        "adapter_config.json lists 'q_proj', 'k_proj', 'v_proj' in target_modules, which neither the file "
-        "nor the base has"
+        "has nothing for 'q_proj', 'k_proj', 'v_proj', which adapter_config.json lists in target_modules; "
+        "nor has the base"
     ]
 
 

@@ -4,6 +4,7 @@ An adapter tensor or field that is skipped gives a model that talks nonsense, so
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,43 +145,109 @@ def test_a_git_lfs_pointer_says_how_to_get_the_weights(here: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "part"),
     [
-        ("use_dora", True, "DoRA"),
-        ("lora_bias", True, "biases in lora_B"),
-        ("modules_to_save", ["lm_head"], "whole modules saved beside the LoRA"),
-        ("trainable_token_indices", [1, 2], "trained token rows"),
-        ("trainable_token_indices", {"embed_tokens": [1]}, "trained token rows"),
-        ("target_parameters", ["mlp.experts.gate_up_proj"], "LoRA on bare parameters"),
-        ("layer_replication", [[0, 2], [1, 2]], "replicated layers"),
+        ("layer_replication", [[0, 2], [1, 2]], "replicated layers, onto which PEFT itself merges deltas that"),
         ("use_qalora", True, "QALoRA"),
-        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}, "BD-LoRA"),
-        ("alora_invocation_tokens", [1, 2], "aLoRA"),
-        ("arrow_config", {"top_k": 2}, "Arrow routing"),
-        ("kasa_config", {"beta": 1}, "KaSA"),
-        ("corda_config", {"corda_method": "ipm"}, "CorDA"),
-        ("loftq_config", {"loftq_bits": 4}, "LoftQ"),
-        ("lora_ga_config", {"direction": "ArB2r"}, "LoRA-GA"),
-        ("monteclora_config", {"n": 1}, "MonteCLoRA"),
-        ("velora_config", {"n": 1}, "VeLoRA"),
-        ("megatron_config", {"tp": 2}, "Megatron"),
+        ("alora_invocation_tokens", [1, 2], "aLoRA, which is active on some tokens only"),
+        ("arrow_config", {"top_k": 2}, "Arrow, which routes tokens between adapters"),
+        ("kasa_config", {"beta": 1}, "KaSA, which truncates the base"),
+        ("corda_config", {"corda_method": "ipm"}, "CorDA, which changed the base"),
+        ("loftq_config", {"loftq_bits": 4}, "LoftQ, which changed the base"),
+        ("lora_ga_config", {"direction": "ArB2r"}, "LoRA-GA, which changed the base"),
+        ("megatron_config", {"tp": 2}, "Megatron's parallel layers"),
     ],
 )
-def test_a_field_that_this_version_does_not_merge_is_named(
-    here: Path, field: str, value: Any, part: str
-) -> None:
+def test_a_variant_that_is_no_sum_of_weights_is_named(here: Path, field: str, value: Any, part: str) -> None:
     sentence = adapter_refusal(here, **{field: value})
     assert f"adapter_config.json: {field} is set, which means " in sentence
     assert part in sentence
+    assert sentence.endswith("; it cannot be merged")
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "IA3", "ADALORA", "OFT", "VERA", "PREFIX_TUNING", None, "lora"])
-def test_another_kind_of_adapter_is_named(here: Path, kind: str | None) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "lacks"),
+    [
+        ("modules_to_save", ["lm_head"], "'lm_head', which adapter_config.json lists in modules_to_save"),
+        ("trainable_token_indices", [1, 2], "'embeddings', which adapter_config.json lists in trainable_"),
+        ("trainable_token_indices", {"embed_tokens": [1]}, "'embed_tokens', which adapter_config.json lists"),
+        ("target_modules", ["q_proj", "v_proj", "o_proj"], "'o_proj', which adapter_config.json lists in tar"),
+        ("target_modules", "all-linear", "'model.layers.0.mlp.down_proj' and 9 more modules"),
+        ("target_modules", r"model\.layers\..*\.[qkv]_proj", "'model.layers.0.self_attn.k_proj' and 1 more mod"),
+    ],
+)
+def test_what_the_config_promises_and_the_file_lacks_is_named_and_counted(
+    here: Path, field: str, value: Any, lacks: str
+) -> None:
+    write_adapter(here / "adapter", config=lora_config(**{field: value}))
+    nothing, lacking = refused(here, *UNPROVED)
+    assert nothing.startswith(f"adapter: adapter has nothing for {lacks}")
+    assert re.search(r"adapter holds [\d,]+ of [\d,]+ trained parameters; it lacks ", lacking)
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_every_layer_that_lacks_a_magnitude_or_a_bias_is_named(here: Path, field: str) -> None:
+    write_adapter(here / "adapter", config=lora_config(**{field: True}))
+    sentences = refused(here, *UNPROVED)
+    lacks = {"use_dora": "magnitude", "lora_bias": "lora_B.bias"}[field]
+    layers = [m for m in linear_shapes() if m.endswith(("q_proj", "v_proj"))]
+    assert [s.split("adapter_model.safetensors: ")[1] for s in sentences] == [
+        f"'{module}' has no {lacks}, but the config's {field} is True" for module in layers
+    ]
+
+
+@pytest.mark.parametrize(("bias", "lacks"), [("all", 48), ("lora_only", 32)])
+def test_trained_biases_that_the_file_lacks_are_counted(here: Path, bias: str, lacks: int) -> None:
+    biases = {f"{Q_PROJ}.bias": tensor(32), f"{Q_PROJ.replace('q_', 'k_')}.bias": tensor(16)}
+    write_base(here / "base", base_tensors() | biases)
+    sentence = adapter_refusal(here, bias=bias)
+    assert sentence.endswith(f"{896 + lacks} trained parameters; it lacks {lacks} of {lacks} biases")
+
+
+@pytest.mark.parametrize(
+    ("bias", "keys"),
+    [
+        ("all", ["base_layer.bias"]),
+        ("lora_only", ["base_layer.bias"]),
+        ("none", ["lora_B.bias"]),
+    ],
+)
+def test_a_bias_for_a_layer_without_one_is_refused(here: Path, bias: str, keys: list[str]) -> None:
+    biases = {key(Q_PROJ, name): tensor(32) for name in keys}
+    tensors = adapter_tensors([Q_PROJ]) | biases
+    config = {"bias": bias, "lora_bias": bias == "none", "target_modules": ["layers.0.self_attn.q_proj"]}
+    sentence = adapter_refusal(here, tensors=tensors, **config)
+    wanted = f"adapter: '{Q_PROJ}' has a bias, but the base has none beside {Q_PROJ}.weight"
+    assert sentence == wanted
+
+
+@pytest.mark.parametrize("kind", ["UNHEARD_OF", None, "lora", 3, ["LORA"]])
+def test_a_kind_that_nobody_knows_is_told_what_there_is(here: Path, kind: Any) -> None:
     sentence = adapter_refusal(here, peft_type=kind)
-    assert f"adapter_config.json: peft_type is {kind!r}; this version merges LORA" in sentence
+    assert f"adapter_config.json: peft_type is {kind!r}; this version merges LORA, " in sentence
 
 
-@pytest.mark.parametrize("kind", ["all", "lora_only"])
-def test_trained_biases_are_refused(here: Path, kind: str) -> None:
-    assert f"adapter_config.json: bias is '{kind}'" in adapter_refusal(here, bias=kind)
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("PROMPT_TUNING", "it puts trained tokens before the prompt and changes no weight"),
+        ("P_TUNING", "it puts trained tokens before the prompt and changes no weight"),
+        ("PREFIX_TUNING", "it puts trained tokens before the prompt and changes no weight"),
+        ("MULTITASK_PROMPT_TUNING", "it puts trained tokens before the prompt and changes no weight"),
+        ("CPT", "it puts trained tokens before the prompt and changes no weight"),
+        ("ADAPTION_PROMPT", "it puts trained tokens before the prompt and changes no weight"),
+        ("XLORA", "it mixes adapters by the input"),
+        ("POLY", "it mixes adapters by the input"),
+    ],
+)
+def test_a_kind_that_is_no_change_of_weights_is_refused_with_the_reason(
+    here: Path, kind: str, why: str
+) -> None:
+    sentence = adapter_refusal(here, peft_type=kind)
+    assert sentence.endswith(f"peft_type is {kind}: {why}; it cannot be merged into weights")
+
+
+@pytest.mark.parametrize("bias", ["some", 3, True, ["all"]])
+def test_a_bias_that_is_no_mode_of_peft_is_refused(here: Path, bias: Any) -> None:
+    assert f"bias is {bias!r}, not none, all or lora_only" in adapter_refusal(here, bias=bias)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +255,45 @@ def test_trained_biases_are_refused(here: Path, kind: str) -> None:
 )
 def test_an_initialization_that_changed_the_base_is_refused(here: Path, init: Any) -> None:
     sentence = adapter_refusal(here, init_lora_weights=init)
-    assert f"adapter_config.json: init_lora_weights is {init!r}, which changed the base" in sentence
+    assert f"adapter_config.json: init_lora_weights is {str(init)!r}, which changed the base" in sentence
     assert "path_initial_model_for_weight_conversion" in sentence
+    assert "extract.residual_base=true" in sentence
+    first_helps = str(init).startswith(("pissa", "olora"))
+    assert ("extract.initial takes the adapter as it was before training" in sentence) == first_helps
+
+
+@pytest.mark.parametrize("init", ["loftq", "corda", "lora_ga"])
+def test_the_adapter_before_training_does_not_help_where_more_was_taken_from_the_base(
+    here: Path, init: str
+) -> None:
+    write_adapter(here / "adapter", config=lora_config(init_lora_weights=init))
+    write_adapter(here / "first", config=lora_config(init_lora_weights=init))
+    assert f"init_lora_weights is '{init}'" in refusal(here, *UNPROVED, "extract.initial=first")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("r", 2), ("lora_alpha", 3), ("rank_pattern", {"q_proj": 2}), ("alpha_pattern", {"q_proj": 2}),
+     ("use_rslora", True)],
+)  # fmt: skip
+def test_a_first_adapter_with_another_scale_is_refused(here: Path, field: str, value: Any) -> None:
+    write_adapter(here / "adapter", config=lora_config(init_lora_weights="pissa"))
+    ranks = {"r": [2, 2], "rank_pattern": [2, 4]}.get(field, [4, 4])
+    q, v = ([m for m in linear_shapes() if m.endswith(x)] for x in ("q_proj", "v_proj"))
+    tensors = adapter_tensors(q, rank=ranks[0]) | adapter_tensors(v, rank=ranks[1])
+    write_adapter(here / "first", tensors, lora_config(init_lora_weights="pissa", **{field: value}))
+    sentence = refusal(here, *UNPROVED, "extract.initial=first")
+    assert sentence.startswith("extract.initial: '")
+    assert sentence.endswith(f"' differs from the adapter in {field}")
+
+
+def test_a_first_adapter_that_holds_more_than_lora_is_refused(here: Path) -> None:
+    write_adapter(here / "adapter", config=lora_config(init_lora_weights="pissa"))
+    saved = adapter_tensors() | {key("lm_head", "weight"): tensor(64, 32)}
+    config = lora_config(init_lora_weights="pissa", modules_to_save=["lm_head"])
+    write_adapter(here / "first", saved, config)
+    sentence = refusal(here, *UNPROVED, "extract.initial=first")
+    assert sentence.endswith("holds more than LoRA, which cannot be converted")
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", None])
@@ -198,8 +302,12 @@ def test_an_initialization_that_left_the_base_alone_is_taken(here: Path, init: A
     assert answer(*UNPROVED, "dry_run=true", cwd=here).status == 0
 
 
-def test_fan_in_fan_out_is_refused(here: Path) -> None:
-    assert "adapter_config.json: fan_in_fan_out is set (Conv1D" in adapter_refusal(here, fan_in_fan_out=True)
+def test_fan_in_fan_out_says_nothing_that_the_shapes_and_the_model_do_not(here: Path) -> None:
+    """PEFT writes the flag as the last layer needed it, whatever the others are."""
+    assert answer("base_model=base", "adapter=adapter", "output=plain", "verify=none", cwd=here).status == 0
+    write_adapter(here / "adapter", config=lora_config(fan_in_fan_out=True))
+    assert answer(*UNPROVED, cwd=here).status == 0
+    assert tensors_by_bytes(here / "plain") == tensors_by_bytes(here / "out")
 
 
 @pytest.mark.parametrize("value", [True, 1, 0.5, "yes", {"a": 1}, ["x"]])
@@ -258,66 +366,101 @@ def test_a_switch_that_is_neither_on_nor_off_is_refused(here: Path, value: Any) 
 
 
 def test_every_fault_of_a_config_is_told_at_once(here: Path) -> None:
-    write_adapter(here / "adapter", config=lora_config(use_dora=True, bias="all", r=0, new_trick=1))
+    write_adapter(here / "adapter", config=lora_config(use_qalora=True, bias="some", r=0, new_trick=1))
     sentences = refused(here, *UNPROVED)
     assert len(sentences) == 4
-    for part in ("use_dora", "bias", "r is 0", "new_trick"):
+    for part in ("use_qalora", "bias", "r is 0", "new_trick"):
         assert any(part in sentence for sentence in sentences)
 
 
 # Tensors
 
 
+NOT_PEFT = "is not a tensor as PEFT names it"
+NO_TENSOR = "is no tensor of LORA, and adapter_config.json does not account for it"
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        (key(Q_PROJ, "lora_A.default.weight"), "is not a LoRA tensor as PEFT names it"),
-        (key(Q_PROJ, "lora_A.other.weight"), "is not a LoRA tensor as PEFT names it"),
-        (f"{Q_PROJ}.lora_A.weight", "is not a LoRA tensor as PEFT names it"),
-        (f"base.{Q_PROJ}.lora_A.weight", "is not a LoRA tensor as PEFT names it"),
-        (f"lora_unet_{Q_PROJ.replace('.', '_')}.lora_down.weight", "kohya's names"),
-        (f"transformer.{Q_PROJ}.lora.down.weight", "is not a LoRA tensor as PEFT names it"),
-        (key(Q_PROJ, "lora_A.bias"), "is not a LoRA tensor as PEFT names it"),
-        (key(Q_PROJ, "lora_B.bias"), "biases in lora_B"),
-        (key(Q_PROJ, "lora_C.weight"), "is not a LoRA tensor as PEFT names it"),
-        (key(Q_PROJ, "lora_magnitude_vector"), "DoRA magnitudes"),
-        (key(Q_PROJ, "lora_magnitude_vector.weight"), "DoRA magnitudes"),
-        (key("model.embed_tokens", "lora_embedding_A"), "LoRA on an embedding"),
-        (key("model.embed_tokens", "lora_embedding_B"), "LoRA on an embedding"),
-        (key("model.embed_tokens", "base_layer.weight"), "saved or nested base weights"),
-        (key("model.layers.0.mlp.experts.base_layer", "lora_A.weight"), "saved or nested base weights"),
-        (key("model.embed_tokens", "token_adapter.trainable_tokens_delta"), "trained token rows"),
-        (key("lm_head", "weight"), "is not a LoRA tensor as PEFT names it"),
-        (key("lm_head", "modules_to_save.default.weight"), "is not a LoRA tensor as PEFT names it"),
-        (key(Q_PROJ, "hada_w1_a"), "is not a LoRA tensor as PEFT names it"),
-        (key(Q_PROJ, "alpha"), "is not a LoRA tensor as PEFT names it"),
-        ("", "is not a LoRA tensor as PEFT names it"),
+        (key(Q_PROJ, "lora_A.other.weight"), NO_TENSOR),
+        (key(Q_PROJ, "lora_A.bias"), NO_TENSOR),
+        (key(Q_PROJ, "lora_C.weight"), NO_TENSOR),
+        (key(Q_PROJ, "lora_diag"), NO_TENSOR),
+        (key(Q_PROJ, "base_layer.bias"), NO_TENSOR),
+        (key(Q_PROJ, "hada_w1_a"), NO_TENSOR),
+        (key(Q_PROJ, "alpha"), NO_TENSOR),
+        (key("lm_head", "modules_to_save.default.weight"), NO_TENSOR),
+        (key("model.norm", "weight"), NO_TENSOR),
+        (f"{Q_PROJ}.lora_A.weight", NOT_PEFT),
+        (f"base.{Q_PROJ}.lora_A.weight", NOT_PEFT),
+        (f"lora_unet_{Q_PROJ.replace('.', '_')}.lora_down.weight", f"{NOT_PEFT} (kohya's names)"),
+        (f"lora_unet_{Q_PROJ.replace('.', '_')}.lora_up.weight", f"{NOT_PEFT} (kohya's names)"),
+        (f"unet.{Q_PROJ}.processor.to_q_lora.down.weight", f"{NOT_PEFT} (diffusers' names)"),
+        (f"transformer.{Q_PROJ}.lora.down.weight", NOT_PEFT),
+        ("", NOT_PEFT),
     ],
 )
 def test_a_tensor_that_is_not_understood_is_named(here: Path, name: str, part: str) -> None:
     sentence = adapter_refusal(here, tensors=adapter_tensors() | {name: tensor(4, 32)})
-    assert "adapter_model.safetensors: " in sentence
-    assert f"'{name}'" in sentence
-    assert part in sentence
+    assert sentence.endswith(f"adapter_model.safetensors: '{name}' {part}")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "part"),
+    [
+        (key(Q_PROJ, "lora_B.bias"), (32,), f"'{Q_PROJ}' has a lora_B.bias, but the config's lora_bias is F"),
+        (key(Q_PROJ, "lora_magnitude_vector"), (32,), f"'{Q_PROJ}' has a magnitude, but the config's use_dora"),
+        (key("model.embed_tokens", "lora_embedding_A"), (4, 64), "'model.embed_tokens' has lora_embedding_A b"),
+        (key("model.embed_tokens", "lora_embedding_B"), (32, 4), "'model.embed_tokens' has lora_embedding_B b"),
+        (key("mlp.experts.base_layer", "lora_A.weight"), (4, 32), "'mlp.experts.base_layer' has lora_A.weight "),
+        (key("model.embed_tokens", "token_adapter.trainable_tokens_delta"), (4, 32),
+         "'model.embed_tokens' has trained token rows that trainable_token_indices does not list"),
+        (f"base_model.{Q_PROJ}.lora_A.weight", (4, 32), f"'{Q_PROJ.partition('.')[2]}' has lora_A.weight but"),
+        (f"base_model.model.{key(Q_PROJ, 'lora_A.weight')}", (4, 32), f"'base_model.model.{Q_PROJ}' has lora_"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_says_other_than_the_config_is_named(
+    here: Path, name: str, shape: tuple[int, ...], part: str
+) -> None:
+    sentence = adapter_refusal(here, tensors=adapter_tensors() | {name: tensor(*shape)})
+    assert f"adapter_model.safetensors: {part}" in sentence
+
+
+def test_keys_with_peftss_default_name_are_taken_and_told(here: Path) -> None:
+    assert answer("base_model=base", "adapter=adapter", "output=plain", "verify=none", cwd=here).status == 0
+    named = {name.replace(".weight", ".default.weight"): t for name, t in adapter_tensors().items()}
+    write_adapter(here / "adapter", named)
+    said = answer(*UNPROVED, cwd=here)
+    assert said.status == 0
+    assert "8 of the adapter's keys are not quite as PEFT writes them" in said.out
+    assert tensors_by_bytes(here / "plain") == tensors_by_bytes(here / "out")
+
+
+def test_one_tensor_under_two_names_is_refused(here: Path) -> None:
+    twice = adapter_tensors() | {key(Q_PROJ, "lora_A.default.weight"): tensor(4, 32)}
+    sentence = adapter_refusal(here, tensors=twice)
+    one, other = key(Q_PROJ, "lora_A.weight"), key(Q_PROJ, "lora_A.default.weight")
+    assert f"both '{one}' and '{other}' mean {one}" in sentence
 
 
 @pytest.mark.parametrize(("have", "lack"), [("A", "B"), ("B", "A")])
 def test_half_a_pair_is_refused(here: Path, have: str, lack: str) -> None:
     tensors = adapter_tensors()
     del tensors[key(Q_PROJ, f"lora_{lack}.weight")]
-    assert f"'{Q_PROJ}' has lora_{have} but no lora_{lack}" in adapter_refusal(here, tensors=tensors)
+    wanted = f"'{Q_PROJ}' has lora_{have}.weight but no lora_{lack}.weight"
+    assert wanted in adapter_refusal(here, tensors=tensors)
 
 
 def test_a_file_without_lora_tensors_is_refused(here: Path) -> None:
     sentence = adapter_refusal(here, tensors={}, target_modules="all-linear")
-    assert "adapter_model.safetensors: holds no LoRA tensors" in sentence
+    assert "adapter_model.safetensors: holds no tensors of LORA" in sentence
 
 
 def test_a_rank_that_differs_from_the_configs_is_refused(here: Path) -> None:
-    write_adapter(here / "adapter", adapter_tensors(["model.layers.0.self_attn.q_proj"], rank=6))
+    write_adapter(here / "adapter", adapter_tensors([Q_PROJ], rank=6))
     write_json(here / "adapter" / "adapter_config.json", lora_config(target_modules=["q_proj"]))
-    sentence = refusal(here, *UNPROVED)
-    assert f"'{Q_PROJ}' has rank 6, but adapter_config.json says 4" in sentence
+    assert f"'{Q_PROJ}' has rank 6, but the config says 4" in refusal(here, *UNPROVED)
 
 
 def test_factors_whose_ranks_differ_are_refused(here: Path) -> None:
@@ -326,21 +469,42 @@ def test_factors_whose_ranks_differ_are_refused(here: Path) -> None:
     assert f"'{Q_PROJ}' has lora_A [4, 32] and lora_B [32, 5], whose ranks differ" in sentence
 
 
-def test_a_convolutions_factors_are_refused(here: Path) -> None:
+def test_a_convolutions_factors_do_not_fit_a_linear_layer(here: Path) -> None:
     pair = {key(Q_PROJ, "lora_A.weight"): tensor(4, 32, 3), key(Q_PROJ, "lora_B.weight"): tensor(32, 4, 1)}
     sentence = adapter_refusal(here, tensors=adapter_tensors() | pair)
-    assert f"'{Q_PROJ}' has lora_A [4, 32, 3] and lora_B [32, 4, 1]; this version merges linear" in sentence
+    wanted = f"'{Q_PROJ}' was made for a weight [32, 32, 3], but {Q_PROJ}.weight is [32, 32]"
+    assert sentence == f"adapter: {wanted}"
+
+
+def test_lora_on_a_grouped_convolution_is_refused_as_peft_refuses_it(here: Path) -> None:
+    """Its lora_B is grouped too: (out, rank / groups), as PEFT 0.21.2 writes it."""
+    pair = {key(Q_PROJ, "lora_A.weight"): tensor(4, 32, 3), key(Q_PROJ, "lora_B.weight"): tensor(32, 2, 1)}
+    sentence = adapter_refusal(here, tensors=adapter_tensors() | pair)
+    assert f"'{Q_PROJ}' is LoRA on a convolution of 2 groups" in sentence
 
 
 def test_quantized_factors_are_refused(here: Path) -> None:
     codes = Tensor("I8", (4, 32), bytes(128))
     sentence = adapter_refusal(here, tensors=adapter_tensors() | {key(Q_PROJ, "lora_A.weight"): codes})
-    assert f"'{Q_PROJ}' has dtypes I8 and F32; LoRA tensors are F64, F32, F16 or BF16" in sentence
+    assert f"'{Q_PROJ}' holds I8 values; an adapter's are F64, F32, F16 or BF16" in sentence
 
 
-def test_a_listed_target_without_tensors_is_refused(here: Path) -> None:
-    sentence = adapter_refusal(here, target_modules=["q_proj", "v_proj", "o_proj"])
-    assert "has nothing for 'o_proj', which adapter_config.json lists in target_modules" in sentence
+O_PROJ = "model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "module"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, O_PROJ),
+        ({"target_modules": r".*\.[qv]_proj"}, O_PROJ),
+        ({"target_modules": ["q_proj", "v_proj", "o_proj"], "exclude_modules": ["o_proj"]}, O_PROJ),
+        ({"target_modules": ["q_proj", "v_proj", "o_proj"], "layers_to_transform": [1]}, Q_PROJ),
+    ],
+)
+def test_lora_that_peft_would_pass_over_is_refused(here: Path, config: dict[str, Any], module: str) -> None:
+    tensors = adapter_tensors() | adapter_tensors([O_PROJ])
+    sentence = adapter_refusal(here, tensors=tensors, **config)
+    assert f"'{module}' has LoRA, but adapter_config.json targets no such module, so PEFT passes" in sentence
 
 
 # Adapter and base
@@ -361,13 +525,13 @@ def test_a_module_that_matches_no_weight_is_refused(here: Path) -> None:
     assert "2 of its modules match nothing" in sentence
 
 
-def test_an_adapter_for_a_wrapped_model_needs_renames_and_says_how(here: Path) -> None:
-    shapes = {name.replace("model.", "model.language_model.", 1): s for name, s in linear_shapes().items()}
+def test_an_adapter_for_a_model_in_another_needs_renames_and_says_how(here: Path) -> None:
+    shapes = {name.replace("model.", "inner.model.", 1): s for name, s in linear_shapes().items()}
     write_adapter(here / "adapter", adapter_tensors(shapes=shapes))
     sentence = refusal(here, *UNPROVED)
-    assert "adapter: no weight model.language_model.layers.0.self_attn.q_proj.weight in base" in sentence
+    assert "adapter: no weight inner.model.layers.0.self_attn.q_proj.weight in base" in sentence
     assert "names={from: to} renames modules" in sentence
-    (here / "mine.yaml").write_text("names: {model.language_model: model}")
+    (here / "mine.yaml").write_text("names: {inner.model: model}")
     assert answer("recipe=./mine.yaml", *UNPROVED, cwd=here).status == 0
     assert changed_weights(here) == {
         f"{m}.weight" for m in linear_shapes() if m.endswith(("q_proj", "v_proj"))
@@ -394,7 +558,7 @@ def test_two_modules_on_one_weight_are_refused(here: Path) -> None:
 
 def lm_head_adapter(here: Path) -> None:
     shapes = {**linear_shapes(), "lm_head": (64, 32)}
-    config = lora_config(target_modules=["q_proj", "lm_head"])
+    config = lora_config(target_modules=["layers.0.self_attn.q_proj", "lm_head"])
     write_adapter(here / "adapter", adapter_tensors([Q_PROJ, "lm_head"], shapes=shapes), config)
 
 
@@ -403,16 +567,26 @@ def test_a_tied_lm_head_is_not_merged_in_silence(here: Path, tie: dict[str, bool
     config = {k: v for k, v in llama_config().items() if k != "tie_word_embeddings"}
     write_base(here / "base", base_tensors(tied=True), config={**config, **tie})
     lm_head_adapter(here)
-    sentence = refusal(here, *UNPROVED)
-    assert sentence.startswith("adapter: changes lm_head, but the base shares lm_head with its embeddings")
-    assert "tie_word_embeddings" in sentence
+    assert refusal(here, *UNPROVED, "tied=refuse") == (
+        "tied: the adapter changes lm_head, but the base shares its embeddings with lm_head "
+        "(tie_word_embeddings) and tied=refuse; tied=untie writes both, tied=shared changes both"
+    )
+    said = answer(*UNPROVED, cwd=here)
+    assert said.status == 0
+    assert "lm_head.weight is written and tie_word_embeddings becomes false" in said.out
+    assert json.loads((here / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert changed_weights(here) == {f"{Q_PROJ}.weight"}
+    own = load_bytes(here / "out", "lm_head.weight")
+    assert own != load_bytes(here / "base", "model.embed_tokens.weight")
 
 
 def test_a_tied_lm_head_that_is_stored_all_the_same_is_not_merged_in_silence(here: Path) -> None:
     write_base(here / "base", config=llama_config(tie_word_embeddings=True))
     lm_head_adapter(here)
-    sentence = refusal(here, *UNPROVED)
-    assert sentence.startswith("adapter: changes lm_head, which the base's config ties to its embeddings")
+    said = answer(*UNPROVED, cwd=here)
+    assert said.status == 0
+    assert "lm_head.weight is written and tie_word_embeddings becomes false" in said.out
+    assert changed_weights(here) == {f"{Q_PROJ}.weight", "lm_head.weight"}
 
 
 def test_an_untied_lm_head_is_merged(here: Path) -> None:
@@ -421,12 +595,93 @@ def test_an_untied_lm_head_is_merged(here: Path) -> None:
     assert changed_weights(here) == {f"{Q_PROJ}.weight", "lm_head.weight"}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt", "imagegpt"])
-def test_conv1d_models_are_refused(here: Path, kind: str) -> None:
-    # q_proj is square here: only the model type tells that the weight lies transposed.
-    write_base(here / "base", config=llama_config(model_type=kind))
-    sentence = refusal(here, *UNPROVED)
-    assert sentence.startswith(f"base_model: is a {kind}, whose Conv1D weights lie transposed")
+def conv1d_base(here: Path, **config: Any) -> None:
+    """A square Conv1D, of which only the model type tells that it lies transposed."""
+    write_base(here / "base", {"h.0.attn.c_proj.weight": tensor(32, 32)}, config=config)
+    tensors = adapter_tensors(["h.0.attn.c_proj"], shapes={"h.0.attn.c_proj": (32, 32)})
+    write_adapter(here / "adapter", tensors, lora_config(target_modules=["c_proj"]))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"])
+def test_a_square_conv1d_is_merged_as_its_model_type_has_it(here: Path, kind: str) -> None:
+    conv1d_base(here, model_type=kind)
+    assert answer(*UNPROVED, cwd=here).status == 0
+    A, B = (load_file(here / "adapter" / "adapter_model.safetensors")[key("h.0.attn.c_proj", f"lora_{x}.weight")]
+            for x in "AB")  # fmt: skip
+    merged = load_file(here / "out" / "model.safetensors")["h.0.attn.c_proj.weight"]
+    assert np.allclose(merged, 1 + 2 * (B @ A).T)
+    assert not np.allclose(merged, 1 + 2 * (B @ A))
+
+
+def test_a_square_conv1d_of_an_unknown_model_is_refused(here: Path) -> None:
+    conv1d_base(here)
+    assert refusal(here, *UNPROVED) == (
+        "adapter: 'h.0.attn.c_proj' could lie in h.0.attn.c_proj.weight either way; config.json has no "
+        "model_type"
+    )
+
+
+def experts(here: Path, version: Any) -> None:
+    """Square stacked experts: no shape tells which way their LoRA lies."""
+    write_base(here / "base", {"mlp.experts.down_proj": tensor(2, 32, 32)}, config={"model_type": "qwen3_moe"})
+    tensors = {
+        key("mlp.experts", "lora_A.weight"): floats("F32", np.arange(256).reshape(8, 32)),
+        key("mlp.experts", "lora_B.weight"): floats("F32", np.arange(256).reshape(32, 8)),
+    }
+    told = {"target_modules": None, "target_parameters": ["mlp.experts.down_proj"], "peft_version": version}
+    write_adapter(here / "adapter", tensors, lora_config(**told))
+
+
+@pytest.mark.parametrize("version", ["0.19.0.dev0", "0.20.1.dev0@abc", "nightly", 3])
+def test_square_experts_of_an_unknown_writer_are_refused(here: Path, version: Any) -> None:
+    experts(here, version)
+    assert refusal(here, *UNPROVED) == (
+        f"adapter: 'mlp.experts' is square, and peft_version {version!r} does not tell which way its experts lie"
+    )
+
+
+def test_an_out_proj_of_attention_needs_to_be_told_how_often_it_was_applied(here: Path) -> None:
+    weights = {"attn.in_proj_weight": tensor(96, 32), "attn.out_proj.weight": tensor(32, 32)}
+    write_base(here / "base", weights, config={})
+    shapes = {"attn": (96, 32), "attn.base_layer.out_proj": (32, 32)}
+    config = lora_config(target_modules=["attn"])
+    write_adapter(here / "adapter", adapter_tensors(shapes, shapes=shapes), config)
+    assert refusal(here, *UNPROVED).endswith(
+        "adapter_model.safetensors: 'attn.base_layer.out_proj' is the out_proj of a MultiheadAttention, whose "
+        "delta some versions of PEFT apply twice (0.21.2 does); say extract.out_proj_times=1 or 2"
+    )
+    assert answer(*UNPROVED, "extract.out_proj_times=1", cwd=here).status == 0
+
+
+def test_nesting_that_the_config_does_not_explain_is_refused(here: Path) -> None:
+    shapes = {**linear_shapes(), f"{Q_PROJ}.base_layer.inner": (32, 32)}
+    tensors = adapter_tensors() | adapter_tensors([f"{Q_PROJ}.base_layer.inner"], shapes=shapes)
+    sentence = adapter_refusal(here, tensors=tensors)
+    assert "lies inside a wrapper that the config does not explain" in sentence
+
+
+def test_resized_embeddings_without_their_head_are_refused(here: Path) -> None:
+    tensors = adapter_tensors() | {key("model.embed_tokens", "weight"): tensor(70, 32)}
+    sentence = adapter_refusal(here, tensors=tensors)
+    assert sentence == (
+        "adapter: resizes model.embed_tokens.weight to 70 tokens, but lm_head.weight has 64; the adapter "
+        "should hold both"
+    )
+
+
+@pytest.mark.parametrize(
+    ("indices", "part"),
+    [
+        ([1, 1], "has a token index twice"),
+        ([1, -2], "has the token index -2, which is none"),
+        ([1, 64], "has a row for token 64, beyond a vocabulary of 64"),
+        ([1], "has trained token rows that trainable_token_indices does not list"),
+    ],
+)
+def test_token_rows_that_fit_no_token_are_refused(here: Path, indices: list[int], part: str) -> None:
+    rows = {key("model.embed_tokens", "token_adapter.trainable_tokens_delta"): tensor(2, 32)}
+    sentence = adapter_refusal(here, tensors=adapter_tensors() | rows, trainable_token_indices=indices)
+    assert f"'model.embed_tokens' {part}" in sentence
 
 
 def test_a_base_stored_in_codes_is_not_merged_as_numbers(here: Path) -> None:
@@ -441,7 +696,7 @@ def test_a_base_stored_in_codes_is_not_merged_as_numbers(here: Path) -> None:
 
 def changed_weights(here: Path) -> set[str]:
     before, after = tensors_by_bytes(here / "base"), tensors_by_bytes(here / "out")
-    assert before.keys() == after.keys()
+    assert before.keys() <= after.keys()
     return {name for name in before if before[name] != after[name]}
 
 
@@ -452,6 +707,10 @@ def tensors_by_bytes(folder: Path) -> dict[str, bytes]:
     table = json.loads(whole[8:start])
     table.pop("__metadata__", None)
     return {n: whole[start + e["data_offsets"][0] : start + e["data_offsets"][1]] for n, e in table.items()}
+
+
+def load_bytes(folder: Path, name: str) -> bytes:
+    return tensors_by_bytes(folder)[name]
 
 
 def zero_base(here: Path) -> None:
@@ -503,7 +762,8 @@ def test_an_adapter_of_several_ranks_is_taken_as_its_patterns_say(here: Path) ->
         **adapter_tensors([Q_PROJ], rank=4),
         **adapter_tensors([Q_PROJ.replace("q_proj", "v_proj")], rank=2),
     }
-    write_adapter(here / "adapter", mixed, lora_config(rank_pattern={"v_proj": 2}))
+    config = {"target_modules": "model.layers.0.*[qv]_proj", "rank_pattern": {"v_proj": 2}}
+    write_adapter(here / "adapter", mixed, lora_config(**config))
     assert answer(*UNPROVED, cwd=here).status == 0
 
 

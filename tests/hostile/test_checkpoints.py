@@ -448,11 +448,11 @@ def test_an_untouched_weight_keeps_its_nan(here: Path) -> None:
 
 def test_all_that_is_wrong_is_told_at_once(here: Path) -> None:
     (here / "base" / "config.json").unlink()
-    write_json(here / "adapter" / "adapter_config.json", lora_config(use_dora=True, r=0))
+    write_json(here / "adapter" / "adapter_config.json", lora_config(use_qalora=True, r=0))
     (here / "out").mkdir()
     sentences = refused(here, *ARGUMENTS)
     assert len(sentences) == 4
-    for part in ("has no config.json", "use_dora", "r is 0", "output: 'out' exists already"):
+    for part in ("has no config.json", "use_qalora", "r is 0", "output: 'out' exists already"):
         assert any(part in sentence for sentence in sentences), sentences
 
 

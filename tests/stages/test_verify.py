@@ -172,11 +172,13 @@ def test_logits_tell_another_base(made: tuple[Path, Path, Path], tmp_path: Path)
     def load(folder: Path) -> Callable[[type], torch.nn.Module]:
         return lambda cls: cls.from_pretrained(folder, dtype=torch.float32)  # type: ignore[attr-defined,no-any-return]
 
-    right = logits.compare(logits.Models(merged, adapter, load(base)), "", 256, None, 1.0, "cpu").figures
-    wrong = logits.compare(logits.Models(merged, adapter, load(other)), "", 256, None, 1.0, "cpu").figures
-    assert right["ratio_interval"][1] < 0.01 < wrong["ratio_interval"][0]
-    scaled = logits.compare(logits.Models(merged, adapter, load(base)), "", 256, None, 0.5, "cpu").figures
-    assert scaled["ratio_interval"][0] > 0.01  # the factor reaches the unmerged adapter
+    def ratio(base: Path, factor: float = 1.0) -> list[float]:
+        models = logits.Models(merged, [(adapter, factor)], load(base))
+        found: list[float] = logits.compare(models, "", 256, None, "cpu").figures["ratio_interval"]
+        return found
+
+    assert ratio(base)[1] < 0.01 < ratio(other)[0]
+    assert ratio(base, 0.5)[0] > 0.01  # the factor reaches the unmerged adapter
 
 
 def test_divergence_is_torchs_own() -> None:

@@ -35,21 +35,24 @@ _DTYPES = {("I32", "I32", scales) for scales in ("F16", "BF16", "F32")}
 
 
 @dataclass(frozen=True)
-class AWQGemm(Code):
-    """Packed along the outputs: eight rows of W are a column of words, so the words are held whole."""
-
-    group: int
+class _AWQ(Code):
+    group: int  # inputs that share a scale
     qweight: Entry
     qzeros: Entry
     scales: Entry
 
     @property
     def describe(self) -> str:
-        return f"AWQ gemm 4 bit, groups of {self.group}"
+        return f"AWQ {type(self).__name__.lower()} 4 bit, groups of {self.group}"
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         return self.qweight, self.qzeros, self.scales
+
+
+@dataclass(frozen=True)
+class Gemm(_AWQ):
+    """Packed along the outputs: eight rows of W are a column of words, so the words are held whole."""
 
     @property
     def grain(self) -> int:
@@ -86,34 +89,22 @@ def interleaved(words: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AWQGemv(Code):
+class Gemv(_AWQ):
     """Packed along the inputs: rows of W are rows of words."""
-
-    group: int
-    qweight: Entry
-    qzeros: Entry
-    scales: Entry
-
-    @property
-    def describe(self) -> str:
-        return f"AWQ gemv 4 bit, groups of {self.group}"
-
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        return self.qweight, self.qzeros, self.scales
 
     @contextmanager
     def open(self, device: str) -> Iterator[Rows]:
         kind, groups = torch_dtype(self.scales.dtype), self.shape[1] // self.group
-        codes, zero_bytes = self.shape[1] // 2, self.qzeros.shape[1] * 4
-        scale_bytes = self.scales.shape[1] * num_bytes(self.scales)
-        with reading(device, *self.entries) as (packed, zeros, scales):
+        widths = [entry.shape[1] * num_bytes(entry) for entry in self.entries]
+        with reading(device, *self.entries) as readers:
 
             def rows(start: int, stop: int) -> Tensor:
-                scale = scales(start * scale_bytes, stop * scale_bytes).view(kind).view(stop - start, -1)
-                zero = unpacked(zeros(start * zero_bytes, stop * zero_bytes).view(stop - start, -1), 4)
-                values = unpacked(packed(start * codes, stop * codes).view(stop - start, -1), 4)
-                return scaled(values, scale[:, :groups].float(), zero[:, :groups], self.group)
+                codes, zeros, scales = (
+                    read(start * width, stop * width).view(stop - start, width)
+                    for read, width in zip(readers, widths, strict=True)
+                )
+                scale, zero = scales.view(kind)[:, :groups].float(), unpacked(zeros, 4)[:, :groups]
+                return scaled(unpacked(codes, 4), scale, zero, self.group)
 
             yield rows
 
@@ -145,7 +136,8 @@ def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> Code | None
     if {"qzeros", "scales"} <= set(parts):
         qzeros, scales = parts["qzeros"], parts["scales"]
         said = mentioned(settings, "group_size", "q_group_size")
-        if (main.dtype, qzeros.dtype, scales.dtype) in _DTYPES:
+        flat = len(main.shape) == len(qzeros.shape) == len(scales.shape) == 2
+        if flat and (main.dtype, qzeros.dtype, scales.dtype) in _DTYPES:
             code = _gemm(main, qzeros, scales, said) or (_gemv(main, qzeros, scales, said) if awq else None)
     if code and (strange := sorted(set(parts) - {"qweight", "qzeros", "scales", "bias"})):
         raise refusal(
@@ -156,27 +148,23 @@ def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> Code | None
     return code
 
 
-def _gemm(qweight: Entry, qzeros: Entry, scales: Entry, said: list[int]) -> AWQGemm | None:
-    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
-        return None
+def _gemm(qweight: Entry, qzeros: Entry, scales: Entry, said: list[int]) -> Gemm | None:
     (inputs, columns), (groups, outputs) = qweight.shape, scales.shape
     if qzeros.shape != (groups, columns) or outputs != 8 * columns or not groups or inputs % groups:
         return None
     group = inputs // groups
     if said and group not in said and not (groups == 1 and -1 in said):
         return None
-    return AWQGemm((outputs, inputs), group, qweight, qzeros, scales)
+    return Gemm((outputs, inputs), group, qweight, qzeros, scales)
 
 
-def _gemv(qweight: Entry, qzeros: Entry, scales: Entry, said: list[int]) -> AWQGemv | None:
-    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
-        return None
+def _gemv(qweight: Entry, qzeros: Entry, scales: Entry, said: list[int]) -> Gemv | None:
     outputs, inputs, words = qweight.shape[0], qweight.shape[1] * 8, qzeros.shape[1]
     groups = {inputs if group == -1 else group for group in said}
     fitting = [g for g in groups if g >= 16 and inputs % g == 0 and _zero_words(inputs // g, g) == words]
     if len(fitting) != 1 or qzeros.shape[0] != outputs or scales.shape != (outputs, 8 * words):
         return None
-    return AWQGemv((outputs, inputs), fitting[0], qweight, qzeros, scales)
+    return Gemv((outputs, inputs), fitting[0], qweight, qzeros, scales)
 
 
 def _zero_words(groups: int, group: int) -> int:

@@ -16,31 +16,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite, prod
-from struct import unpack
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING
 
+from pipeline.ground.codes.bnb4_state import LEVELS, Nested, State, check_levels, expect
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows, read_whole
-from pipeline.ground.codes.reading import each, num_bytes, read_small, reading, refusal, told
+from pipeline.ground.codes.reading import each, num_bytes, reading, refusal, told
 from pipeline.ground.codes.small_floats import pairs, unpaired
 from pipeline.ground.shards import Entry
-from pipeline.ground.tables import parse_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)
-LEVELS: dict[str, tuple[float, ...]] = {
-    "nf4": (
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ),
-    "fp4": (*(level / 12 for level in _FP4), *(-level / 12 for level in _FP4)),
-}
 _STATE = ".quant_state.bitsandbytes__"
-_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -101,16 +89,6 @@ class Bnb4(Code):
             yield scales
 
 
-@dataclass(frozen=True, slots=True)
-class Nested:
-    """How the absmax are quantized: a table of 256 levels, in blocks, around an offset."""
-
-    absmax: Entry
-    levels: Entry
-    blocksize: int
-    offset: float
-
-
 def decode(packed: Tensor, absmax: Tensor, blocksize: int, table: Tensor) -> Tensor:
     """Bytes `(n,)` of whole blocks, the last perhaps short, to `(2n,)` float32."""
     values = unpaired(table, packed)
@@ -123,62 +101,30 @@ def decode(packed: Tensor, absmax: Tensor, blocksize: int, table: Tensor) -> Ten
 def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[Found]:
     """Every tensor with a quant_state beside it."""
 
-    def found(state: Entry) -> Found:
-        name, _, kind = state.name.partition(_STATE)
-        missing = [name + part for part in ("", ".absmax", ".quant_map") if name + part not in tensors]
+    def found(entry: Entry) -> Found:
+        name, _, kind = entry.name.partition(_STATE)
+        parts = [
+            "",
+            ".absmax",
+            ".quant_map",
+            *([".nested_quant_map"] if name + ".nested_absmax" in tensors else []),
+        ]
+        missing = [name + part for part in parts if name + part not in tensors]
         if missing or kind not in LEVELS:
             lacks = f"there is no '{missing[0]}'" if missing else f"'{kind}' is neither nf4 nor fp4"
-            raise refusal(state, f"tells of a bitsandbytes weight, but {lacks}")
-        weight, absmax, levels = (tensors[name + part] for part in ("", ".absmax", ".quant_map"))
-        told_by = _state(state, kind)
-        shape, blocksize = tuple(told_by["shape"]), told_by["blocksize"]
-        spare = weight.extent.length - (prod(shape) + 1) // 2
-        if not 0 <= spare < num_bytes(weight) or weight.shape[1:] != (1,):
-            raise refusal(
-                weight, f"is {told(weight)}, not a column of the {prod(shape)} codes of {list(shape)}"
-            )
-        _expect(levels, "F32", 16)
-        differ = zip(unpack("<16f", read_small(levels)), LEVELS[kind], strict=True)
-        if not all(abs(one - other) <= 1e-6 for one, other in differ):  # as QuantState.__eq__ compares
-            raise refusal(levels, f"is not the table of {kind}, by which bitsandbytes decodes")
-        blocks = -(-prod(shape) // blocksize)
-        nested = _nested(tensors, name, told_by, blocks) if name + ".nested_absmax" in tensors else None
-        _expect(absmax, "U8" if nested else "F32", blocks)
-        return Found(name, Bnb4(shape, kind, blocksize, weight, absmax, (state, levels), nested), weight)
+            raise refusal(entry, f"tells of a bitsandbytes weight, but {lacks}")
+        weight, absmax, levels, *nested_levels = (tensors[name + part] for part in parts)
+        state = State.read(entry, kind)
+        count, shape = prod(state.shape), list(state.shape)
+        if not 0 <= weight.extent.length - (count + 1) // 2 < num_bytes(weight) or weight.shape[1:] != (1,):
+            raise refusal(weight, f"is {told(weight)}, not a column of the {count} codes of {shape}")
+        check_levels(levels, kind)
+        blocks = -(-count // state.blocksize)
+        nested = (
+            state.nested(tensors[name + ".nested_absmax"], *nested_levels, blocks) if nested_levels else None
+        )
+        expect(absmax, "U8" if nested else "F32", blocks)
+        code = Bnb4(state.shape, kind, state.blocksize, weight, absmax, (entry, levels), nested)
+        return Found(name, code, weight)
 
     yield from each((entry for name, entry in tensors.items() if _STATE in name), found)
-
-
-def _state(entry: Entry, kind: str) -> dict[str, Any]:
-    """The JSON of a quant_state; Refused where it is not what bitsandbytes writes."""
-    table = parse_table(read_small(entry), f"{entry.extent.file.path}: '{entry.name}'")
-    shape = table.get("shape")
-    sound = {
-        "quant_type": table.get("quant_type") == kind,
-        "shape": isinstance(shape, list) and bool(shape) and all(type(n) is int and n > 0 for n in shape),
-        "blocksize": type(table.get("blocksize")) is int and table["blocksize"] in _BLOCKSIZES,
-    }
-    if wrong := [key for key, right in sound.items() if not right]:
-        raise refusal(entry, f"has {wrong[0]} {table.get(wrong[0])!r}, which bitsandbytes does not write")
-    return table
-
-
-def _nested(tensors: Mapping[str, Entry], name: str, state: Mapping[str, Any], blocks: int) -> Nested:
-    absmax, levels = tensors[name + ".nested_absmax"], tensors.get(name + ".nested_quant_map")
-    blocksize, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    if levels is None or state.get("nested_dtype") != "float32":
-        lacks = f"there is no '{name}.nested_quant_map'" if levels is None else "nested_dtype is not float32"
-        raise refusal(absmax, f"scales the scales of '{name}', but {lacks}")
-    if type(blocksize) is not int or blocksize < 1 or type(offset) is not float or not isfinite(offset):
-        raise refusal(absmax, f"stands beside nested_blocksize {blocksize!r} and nested_offset {offset!r}")
-    _expect(levels, "F32", 256)
-    _expect(absmax, "F32", -(-blocks // blocksize))
-    return Nested(absmax, levels, blocksize, offset)
-
-
-def _expect(entry: Entry, dtype: str, count: int) -> None:
-    if (entry.dtype, entry.shape) == (dtype, (count,)):
-        return
-    packed = entry.dtype in ("BF16", "F16") or len(entry.shape) > 1
-    why = "; bitsandbytes had packed it for a forward pass on a CPU when it was saved" if packed else ""
-    raise refusal(entry, f"is {told(entry)}, not {dtype} [{count}]{why}")

@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows
-from pipeline.ground.codes.reading import each, matrices, num_bytes, read_small, reading, refusal, told
+from pipeline.ground.codes.reading import each, num_bytes, read_small, reading, refusal, told
+from pipeline.ground.codes.scale_grid import Grid, fitted, told_blocks
 from pipeline.ground.codes.small_floats import E8M0, SCALES, byte_values, floats, looked_up, scaled
 from pipeline.ground.shards import Entry
 
@@ -27,22 +28,6 @@ if TYPE_CHECKING:
 
 _WEIGHTS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _METHODS = ("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors")  # whose FP8 weights always have scales
-_USUAL = (128, 128)
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Where scales lie: matrices of `rows` rows, of `down` x `across` blocks of `height` x `width` each."""
-
-    rows: int
-    down: int
-    across: int
-    height: int
-    width: int
-
-    def line(self, row: int) -> int:
-        """The line of scales that holds for a row of the weight."""
-        return row // self.rows * self.down + row % self.rows // self.height
 
 
 @dataclass(frozen=True)
@@ -79,8 +64,8 @@ class Fp8(Code):
 
             def rows(start: int, stop: int) -> Tensor:
                 raw = codes(start * columns, stop * columns).view(stop - start, columns)
-                first, end = grid.line(start), grid.line(max(start, stop - 1)) + 1
-                end = end if stop > start else first
+                first = grid.line(start)
+                end = grid.line(stop - 1) + 1 if stop > start else first
                 scales = floats(lines(first * line_bytes, end * line_bytes), self.scale.dtype)
                 scales = scales.view(end - first, grid.across)
                 if grid.height > 1 and end - first > 1:
@@ -99,7 +84,7 @@ def decode(codes: Tensor, scales: Tensor, width: int, values: Tensor) -> Tensor:
 
 def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[Found]:
     """Every FP8 tensor of two dimensions or more that has scales beside it."""
-    blocks = tuple(_blocks(quantization.config)) or (_USUAL,)
+    blocks = told_blocks(quantization.config)
 
     def found(weight: Entry) -> Found | None:
         scales = [tensors[name] for name in scale_names(weight.name) if name in tensors]
@@ -129,54 +114,6 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
 
 def scale_names(name: str) -> tuple[str, ...]:
     """What the scales of a weight may be called."""
-    names = (name + "_scale_inv", name + "_scale")
     module = name.removesuffix("weight")
-    return (
-        (*names, module + "scale", module + "qscale_weight")
-        if module != name
-        else (*names, name + "_weight_scale")
-    )
-
-
-def fitted(
-    shape: tuple[int, ...], scales: tuple[int, ...], blocks: tuple[tuple[int, int], ...], by_column: bool
-) -> Grid | None:
-    """The grid of scales of this shape, None if it is none; `by_column`: (E, K, 1) belong to columns."""
-    outer, rows, columns = matrices(shape)
-    if all(size == 1 for size in scales):
-        return Grid(outer * rows, 1, 1, outer * rows, columns)
-    if scales[: len(shape) - 2] != shape[:-2]:
-        return None
-    rest = scales[len(shape) - 2 :]
-    if all(size == 1 for size in rest):
-        return Grid(rows, 1, 1, rows, columns)
-    if rest == (1, columns) or (by_column and rest == (columns, 1)):
-        return Grid(rows, 1, columns, rows, 1)
-    if rest in ((rows,), (rows, 1)):
-        return Grid(rows, rows, 1, 1, columns)
-    for height, width in blocks:
-        if rest == (-(-rows // height), -(-columns // width)):
-            return Grid(rows, *rest, height, width)
-    return None
-
-
-def _blocks(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """The blocks that a config tells of: of the whole checkpoint, or of compressed-tensors' groups."""
-    groups = config.get("config_groups")
-    weights = (
-        [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    )
-    told = [config.get("weight_block_size")]
-    for group in weights:
-        if isinstance(group, dict):
-            told += [group.get("block_structure"), [1, group.get("group_size")]]
-    for block in told:
-        sizes = block.split("x") if isinstance(block, str) else block
-        if (
-            isinstance(sizes, list | tuple)
-            and len(sizes) == 2
-            and all(str(size).isdecimal() for size in sizes)
-        ):
-            height, width = (int(size) for size in sizes)
-            if height and width:
-                yield height, width
+    others = (name + "_weight_scale",) if module == name else (module + "scale", module + "qscale_weight")
+    return (name + "_scale_inv", name + "_scale", *others)

@@ -63,6 +63,8 @@ class GPTQ(Code):
 
     @contextmanager
     def open(self, device: str) -> Iterator[Rows]:
+        import torch
+
         words = read_whole(self.qweight, device)
         scales = read_whole(self.scales, device).float()
         zeros = zero_points(read_whole(self.qzeros, device), self.bits, self.version, self.planar)
@@ -74,7 +76,7 @@ class GPTQ(Code):
             scale = scales[:, start:stop].t()
             zero = zeros[:, start:stop].t() if same is None else None
             # the rows' words side by side first: turning them then stays in the cache
-            packed = words[:, start:stop].contiguous().t().contiguous()
+            packed = words[:, start:stop].contiguous().t().clone(memory_format=torch.contiguous_format)
             values = codes(packed, self.bits, self.planar, same or 0)[:, : self.shape[1]]
             if order is None:
                 assert self.group is not None
@@ -92,11 +94,11 @@ def codes(words: Tensor, bits: int, planar: bool, less: int = 0) -> Tensor:
 
     if not planar or bits not in PLANES:
         return unpacked(words.view(torch.uint8), bits, less)
-    turns = words.view(len(words), -1, bits)  # 32 codes
+    turns = words.view(len(words), words.shape[1] // bits, bits)  # 32 codes
     values, at, place = None, 0, 0
     for width in PLANES[bits]:
-        plane = turns[:, :, at : at + width].contiguous().view(len(words), -1).view(torch.uint8)
-        part = unpacked(plane, width, 0 if at else less)
+        plane = turns[:, :, at : at + width].clone(memory_format=torch.contiguous_format)
+        part = unpacked(plane.flatten(1).view(torch.uint8), width, 0 if at else less)
         values = part if values is None else values.add_(part, alpha=float(2**place))
         at, place = at + width, place + width
     assert values is not None

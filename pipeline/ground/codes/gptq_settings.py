@@ -43,8 +43,8 @@ def declared(settings: Mapping[str, Any]) -> tuple[int, bool]:
     said = "marlin" if settings.get("is_marlin_format") else said
     if said not in _VERSIONS:
         raise Refused(
-            f"quantization_config: checkpoint_format {said!r} is laid out for one kernel and cannot be decoded; "
-            f"give the same model as {', '.join(_VERSIONS)}, or in 16 bits"
+            f"quantization_config: checkpoint_format {said!r} is laid out for one kernel and cannot be "
+            f"decoded; give the same model as {', '.join(_VERSIONS)}, or in 16 bits"
         )
     return _VERSIONS[said]
 
@@ -52,16 +52,14 @@ def declared(settings: Mapping[str, Any]) -> tuple[int, bool]:
 def bits_and_inputs(parts: Parts, planar: bool, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Bits of a code and inputs of the layer, as the shapes have them; Refused if no or many bits fit."""
     qweight, qzeros, scales = (parts[part] for part in ("qweight", "qzeros", "scales"))
+    all_bits = planar or "auto-round" in str(settings.get("quant_method"))  # it packs 5, 6 and 7 as 3
     said = mentioned(settings, "bits")
-    choices = [
-        bits for bits in ((2, 3, 4, 5, 6, 7, 8) if planar else (2, 3, 4, 8)) if not said or bits in said
-    ]
+    choices = [b for b in (range(2, 9) if all_bits else (2, 3, 4, 8)) if not said or b in said]
     right = qzeros.dtype == "I32" and scales.dtype in {"F16", "BF16", "F32"}
     if right and len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2 and scales.shape[0]:
         (words, outputs), (groups, columns) = qweight.shape, qzeros.shape
-        inputs = {
-            bits: parts["g_idx"].shape[0] if "g_idx" in parts else words * 32 // bits for bits in choices
-        }
+        told = parts["g_idx"].shape[0] if "g_idx" in parts else None
+        inputs = {bits: words * 32 // bits if told is None else told for bits in choices}
         fitting = [
             bits
             for bits in choices

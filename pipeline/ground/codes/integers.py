@@ -27,13 +27,13 @@ def unpacked(packed: Tensor, bits: int, less: int = 0) -> Tensor:
         return values.view(torch.float32).view(num_rows, num_bytes * 8 // bits)
     fill = -num_bytes % bits
     padded = torch.nn.functional.pad(packed, (0, fill)) if fill else packed
-    turns = padded.view(-1, bits)  # eight codes in `bits` bytes
+    turns = padded.view(padded.numel() // bits, bits)  # eight codes in `bits` bytes
     word = turns[:, 0].long()
     for place in range(1, bits):
         word |= turns[:, place].long() << 8 * place
     codes = torch.stack([(word >> bits * i & 2**bits - 1).byte() for i in range(8)], 1)
     values = codes.float().sub_(less) if less else codes.float()
-    return values.view(num_rows, -1)[:, : num_bytes * 8 // bits]
+    return values.view(num_rows, padded.shape[1] * 8 // bits)[:, : num_bytes * 8 // bits]
 
 
 @lru_cache(maxsize=64)

@@ -93,7 +93,7 @@ def decode(packed: Tensor, scales: Tensor, low: int, high: int, powers: Tensor) 
 
 
 def _half_powers(device: str) -> Tensor:
-    """2^(byte - 128) of every byte, `(256,)` float32: for doubled levels, to overflow only where ldexp does."""
+    """2^(byte - 128) of every byte, `(256,)` float32, for doubled levels: it overflows where ldexp does."""
     powers = byte_values("U8", "cpu") / 2
     powers[255] = 2.0**127
     return powers.to(device)

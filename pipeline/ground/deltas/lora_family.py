@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.ground.deltas.delta import UNKNOWN, Delta
 from pipeline.ground.deltas.dora import Dora
 from pipeline.ground.deltas.experts import Experts
+from pipeline.ground.deltas.fields import is_number
 from pipeline.ground.deltas.kind import Kind, Trained, check_floats, check_shapes, is_count
 from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.deltas.patterns import pattern_value, wrong_patterns
@@ -234,16 +235,6 @@ def changed_base(config: Mapping[str, Any]) -> str | None:
 def is_convertible(init: str) -> bool:
     """Whether the adapter as it was before training tells what the init took from the base."""
     return init.split("_niter_")[0] in _CONVERTIBLE_INITS
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number and no bool."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return abs(float(value)) < float("inf")
-    except OverflowError:  # an integer beyond every float
-        return False
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

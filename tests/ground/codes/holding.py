@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def in_tiles(code: Code, cuts: Iterable[int]) -> Tensor:
     inner = {min(cut, rows_of(code)) // code.grain * code.grain for cut in cuts}
     bounds = sorted({0, rows_of(code)} | inner)
     with code.open("cpu") as rows:
-        pieces = [rows(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        pieces = [rows(start, stop) for start, stop in pairwise(bounds)]
         assert rows(bounds[0], bounds[0]).shape == (0, code.shape[-1])
         assert all(piece.dtype == torch.float32 for piece in pieces)
         return torch.cat(pieces).view(code.shape)

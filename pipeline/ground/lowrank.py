@@ -1,0 +1,159 @@
+"""The best rank-r approximation of a matrix, U diag(S) Vt, by the cheapest way that is exact enough.
+
+Gram and eigh of the smaller side for small matrices and high ranks; block Krylov for low ranks of large
+ones (Musco and Musco 2015, arXiv:1504.05477; arXiv:2508.06486), stopped once the energy it captures no
+longer grows; a full SVD where that is asked for. The product of the factors is always D projected onto
+orthonormal vectors, so that what they capture is S^2 exactly, however near those are to the best ones.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OVERSAMPLING = 8
+_SMALL = 512  # of the smaller side: below it eigh costs next to nothing, and its Gram matrix is float64
+_KRYLOV_SHARE = 12  # Krylov where the rank is at most this part of the smaller side
+_MOST_BLOCKS = 16
+_ENOUGH = 2e-4  # of the captured energy: what further blocks may still have added
+_SLOWEST = 0.5  # a fall from block to block that early gains, of a few large values, say nothing against
+
+
+class Method(Enum):
+    """How singular vectors are found."""
+
+    auto = "auto"
+    gram = "gram"
+    krylov = "krylov"
+    exact = "exact"
+
+
+class LowRank(NamedTuple):
+    """U (m, r) with orthonormal columns, S (r) falling, SVt (r, n) with rows of length S."""
+
+    U: Tensor
+    S: Tensor
+    SVt: Tensor
+
+    def first(self, rank: int) -> LowRank:
+        """Its leading part."""
+        return LowRank(self.U[:, :rank], self.S[:rank], self.SVt[:rank])
+
+    @property
+    def energy(self) -> float:
+        """||U U.T D||^2: what of ||D||^2 it captures."""
+        return float(self.S.double().square().sum())
+
+
+def low_rank(D: Tensor, rank: int, seed: int = 0, method: Method = Method.auto) -> LowRank:
+    """The leading `rank` singular triples of a float32 matrix (m, n), on its own device."""
+    rank = min(rank, *D.shape)
+    if chosen(D.shape[0], D.shape[1], rank, method) is Method.exact:
+        import torch
+
+        U, S, Vt = torch.linalg.svd(D, full_matrices=False)
+        return LowRank(U[:, :rank], S[:rank], S[:rank, None] * Vt[:rank])
+    if D.shape[0] <= D.shape[1]:
+        return _projected(_left_vectors(D, rank, seed, method), D)
+    # Of a tall matrix the right vectors are cheaper: D = (D V) V.T, and D V = U S after one QR more.
+    return _turned(_projected(_left_vectors(D.T, rank, seed, method), D.T))
+
+
+def chosen(m: int, n: int, rank: int, method: Method = Method.auto) -> Method:
+    """The method that `auto` means for a matrix of this size."""
+    if method is not Method.auto:
+        return method
+    smaller = min(m, n)
+    low = smaller > _SMALL and rank * _KRYLOV_SHARE <= smaller
+    return Method.krylov if low else Method.gram
+
+
+def _left_vectors(D: Tensor, rank: int, seed: int, method: Method) -> Tensor:
+    way = chosen(D.shape[0], D.shape[1], rank, method)
+    return _krylov(D, rank, seed) if way is Method.krylov else _gram(D, rank)
+
+
+def _projected(U: Tensor, D: Tensor) -> LowRank:
+    """The triples whose left vectors span U: exact in what U captures, with S and order as D has them."""
+    import torch
+
+    P = U.T @ D
+    values, Y = torch.linalg.eigh((P @ P.T).double())
+    order = values.argsort(descending=True)
+    Y = Y[:, order].to(D.dtype)
+    return LowRank(U @ Y, values[order].clamp_min(0).sqrt().to(D.dtype), Y.T @ P)
+
+
+def _turned(low: LowRank) -> LowRank:
+    """Of D.T, the same of D."""
+    import torch
+
+    US, V = low.SVt.T, low.U  # D = US @ V.T, the columns of US orthogonal up to rounding
+    U, R = torch.linalg.qr(US)
+    return LowRank(*_diagonal(U, R, V.T))
+
+
+def _diagonal(U: Tensor, R: Tensor, Vt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    import torch
+
+    left, S, right = torch.linalg.svd(R.double())
+    return U @ left.to(U.dtype), S.to(U.dtype), (S[:, None] * right).to(U.dtype) @ Vt
+
+
+def _gram(D: Tensor, rank: int) -> Tensor:
+    import torch
+
+    G = D.double() @ D.double().T if D.shape[0] <= _SMALL else D @ D.T
+    return torch.linalg.eigh(G)[1][:, -rank:].to(D.dtype)
+
+
+def _krylov(D: Tensor, rank: int, seed: int) -> Tensor:
+    """(m, rank): the best left vectors within the span of D O, D D.T D O, ... for a random block O."""
+    import torch
+
+    m, n = D.shape
+    width = min(rank + _OVERSAMPLING, m)
+    random = torch.Generator().manual_seed(seed)
+    Q = _orthonormal(D @ torch.randn(n, width, generator=random).to(D))
+    K, W = Q, D.T @ Q  # W = D.T K
+    C = (W.T @ W).double()  # whose eigenvalues are the energies that K captures
+    captured, gains = 0.0, [float("inf")]
+    while True:
+        values, Y = torch.linalg.eigh(C)
+        now = float(values[-rank:].sum())
+        gains.append(now - captured)
+        captured = now
+        if _settled(gains, captured):
+            return _orthonormal(K @ Y[:, -rank:].to(D.dtype))
+        if K.shape[1] + width > m or K.shape[1] >= _MOST_BLOCKS * width:
+            return _gram(D, rank)
+        block = D @ W[:, -width:]
+        for _ in range(2):  # twice is enough (Giraud et al. 2005)
+            block = block - K @ (K.T @ block)
+        Q = _orthonormal(block)
+        Q = _orthonormal(Q - K @ (K.T @ Q))
+        more = D.T @ Q
+        cross, K, W = (W.T @ more).double(), torch.cat((K, Q), 1), torch.cat((W, more), 1)
+        C = torch.cat(
+            (torch.cat((C, cross), 1), torch.cat((cross.T, (more.T @ more).double()), 1)),
+        )
+
+
+def _settled(gains: list[float], captured: float) -> bool:
+    """Whether what is still to come, if gains go on falling as they did, is too little to matter."""
+    last, before = gains[-1], gains[-2]
+    if last <= captured * 1e-7:
+        return True
+    if last >= before or before == float("inf"):
+        return False
+    ratio = max(last / before, _SLOWEST)
+    return last * ratio / (1 - ratio) <= _ENOUGH * captured
+
+
+def _orthonormal(block: Tensor) -> Tensor:
+    import torch
+
+    return torch.linalg.qr(block)[0]
