@@ -156,10 +156,12 @@ def _pieces(
             raise _misfit(delta, known)
         delta = known
     first = weights[sites[0].weight]
-    if len(sites) > 1:
+    if len(sites) > 1 or (sites[0].matrix is not None and delta.stacked and len(first.shape) < 3):
         yield from _over_experts(weights, delta, sites)
     elif sites[0].matrix is not None and len(first.shape) == 3:
         yield first.name, _into_experts(model_type, first, delta, sites[0])
+    elif sites[0].matrix is not None and len(delta.shape) == 1:
+        yield first.name, _into_expert_biases(first, delta, sites[0])
     else:
         fitted = _fitted(delta, first, model_type)
         fold = max(first.num_rows // max(fitted.num_rows, 1), 1)
@@ -188,6 +190,8 @@ def _over_experts(
     weights: Mapping[str, Weight], delta: Delta, sites: Sequence[Site]
 ) -> Iterator[tuple[str, Placed]]:
     """A delta on stacked experts, whose rows lie in a weight for each expert (and for gate and up)."""
+    if len(weights[sites[0].weight].shape) != 2:
+        raise _misfit(delta, "changes the biases of stacked experts, which the base holds one by one")
     rows, columns = weights[sites[0].weight].shape
     height = rows * sites[0].parts
     shape = (1 + max(site.matrix or 0 for site in sites), height, columns)
@@ -221,6 +225,14 @@ def _into_experts(model_type: str | None, weight: Weight, delta: Delta, site: Si
     if parts > 1 and model_type == "gpt_oss":
         raise _misfit(delta, f"is one of {parts} that {weight.name} holds interleaved")
     return Placed(delta.on(turned).turned(), 1.0, (0, height), row=e * height, column=part * turned[0])
+
+
+def _into_expert_biases(weight: Weight, delta: Delta, site: Site) -> Placed:
+    """A delta on one expert's bias, which lies in a weight (experts, out) with all of them."""
+    shape = (weight.shape[-1] // site.parts,)
+    if reason := delta.misfit(shape):
+        raise _misfit(delta, f"{reason}, but {weight.name} is {list(weight.shape)}")
+    return Placed(delta.on(shape), 1.0, (0, 1), row=site.matrix or 0, column=site.part * shape[0])
 
 
 def _misfit(delta: Delta, reason: str) -> Refused:

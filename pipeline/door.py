@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ground.errors import PipelineError, Refused
+from pipeline.ground.html import report_page
 from pipeline.ground.manifest import NAME, write_json
 from pipeline.ground.report import Report, Status
 from pipeline.ground.terminal import show_plan, show_report
@@ -58,6 +59,7 @@ def _published(request: Request) -> Report:
         manifest = {k: v for k, v in report.manifest.items() if k != "save"}
         write_json(place.folder / NAME, {**manifest, "request": request.settings, "verified": verdict})
         write_json(place.folder / "report.json", report.as_dict())
+        (place.folder / "report.html").write_text(report_page(report, request.settings), "utf-8")
         stands_at = place.publish() if report.passed else place.reject()
     _write_report(report, request)
     _judge(report, request, stands_at)
@@ -75,6 +77,7 @@ def _run_planned(pipeline: Pipeline) -> Report:
 def _write_report(report: Report, request: Request) -> None:
     if request.report:
         write_json(request.report, report.as_dict())
+        request.report.with_suffix(".html").write_text(report_page(report, request.settings), "utf-8")
 
 
 def _judge(report: Report, request: Request, stands_at: Path) -> None:

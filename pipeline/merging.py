@@ -8,8 +8,8 @@ from math import fsum
 
 from pipeline.binding import Bound, bind, unknown_modules
 from pipeline.combined import Combined
-from pipeline.ground.combining import Combination
 from pipeline.contents import promises
+from pipeline.ground.combining import Combination
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Finding, unique
 from pipeline.heads import is_head, labels, with_heads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pipeline.ground.digests import Digest
 from pipeline.ground.files import read_into
 from pipeline.ground.metrics import Statistics, TileFacts, is_finite, is_sampled, tile_facts
-from pipeline.ground.parallel import in_order, keep_freed_memory
+from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Action
 from pipeline.ground.rounding import round_to
@@ -62,7 +62,7 @@ def write_shards(
     overflown: dict[str, None] = {}
     with (
         ExitStack() as opened,  # what a failed run leaves open is closed once its workers have ended
-        _plain_arithmetic(),
+        plain_arithmetic(),
         in_order(
             _tasks(shards, folder, device, opened, lambda writer: digests.append(writer.digest())),
             num_workers(),
@@ -82,21 +82,6 @@ def write_shards(
                 sizes[chunk.place.slot.name] = chunk.place.weight.num_rows * chunk.place.weight.num_columns
     statistics = {name: Statistics.gathered(sizes[name], facts[name]) for name in facts}
     return Written(digests, statistics, list(overflown))
-
-
-@contextmanager
-def _plain_arithmetic() -> Iterator[None]:
-    """Each tile on one thread, so that sums do not depend on how many there are; float32, never TF32."""
-    import torch
-
-    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def _tasks(

@@ -30,7 +30,7 @@ CONTRACT = {
     "weight",
 }
 FLOORS = ["ground", "contract", "stages", "door"]  # from below
-HEAVY = {"torch", "transformers", "peft", "gguf", "tokenizers"}
+HEAVY = {"torch", "transformers", "peft", "gguf", "tokenizers", "matplotlib"}
 
 stage.load_stages()
 STAGE_FILES = sorted(

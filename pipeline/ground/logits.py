@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SEQUENCE = 128  # tokens in one forward pass
 _RESAMPLES = 1000
+_STRETCHES = 128  # at most, of the text, whose mean KL the report shows
 _NEW_TOKENS = 48
 
 
@@ -215,6 +216,7 @@ def _compared(adapter: Tensor, base: Tensor, merged: Tensor) -> dict[str, Any]:
         "top1_agreement": float((adapter.argmax(-1) == merged.argmax(-1)).double().mean()),
         "largest_difference": float((adapter - merged).abs().max()),
         "finite": bool(merged.isfinite().all()),
+        "kl_along": [float(part.mean()) for part in off.tensor_split(min(_STRETCHES, len(off)))],
     }
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _OVERSAMPLING = 8
 _SMALL = 512  # of the smaller side: below it eigh costs next to nothing, and its Gram matrix is float64
-_KRYLOV_SHARE = 12  # Krylov where the rank is at most this part of the smaller side
+_KRYLOV_SHARE = 16  # Krylov where the rank is at most this part of the smaller side
 _MOST_BLOCKS = 16
 _ENOUGH = 2e-4  # of the captured energy: what further blocks may still have added
 _SLOWEST = 0.5  # a fall from block to block that early gains, of a few large values, say nothing against

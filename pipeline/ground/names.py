@@ -1,4 +1,4 @@
-"""Module names: what a recipe's patterns match, and which checkpoint weight an adapter's module means."""
+"""Module names: what a recipe's patterns and renames match, and which names are alike."""
 
 from __future__ import annotations
 
@@ -27,12 +27,8 @@ def unmatched(modules: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [m for m in modules if not any(matches(m, p) for p in patterns)]
 
 
-def weight_names(modules: Iterable[tuple[str, str]], renames: Mapping[str, str]) -> dict[str, str]:
-    """For each (module, parameter) the checkpoint's name for it; `renames` change leading path components."""
-    return {module: f"{renamed(module, renames)}.{parameter}" for module, parameter in modules}
-
-
 def renamed(module: str, renames: Mapping[str, str]) -> str:
+    """The module with its leading components changed by the first of `renames` {from: to} that fits."""
     for old, new in renames.items():
         if module == old or module.startswith(f"{old}."):
             return new + module[len(old) :]

@@ -50,3 +50,18 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
         mallopt(trim_threshold, 256 << 20)
         mallopt(top_pad, 16 << 20)
+
+
+@contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """Each tile on one thread, so that sums do not depend on how many there are; float32, never TF32."""
+    import torch
+
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SAMPLES = 4  # row ranges looked at in each weight
 _SAMPLE_ELEMENTS = 1 << 16
+ULP_BINS = 12  # ten of 0.05 of a unit in the last place, up to one unit, and beyond
 SLACK = 2.0**-21  # of |W| + s |B| |A|, elementwise: what a float32 sum may be off by
 
 
@@ -45,6 +46,7 @@ class Facts:
     elements: int = 0
     worst_ulp: float = 0.0  # |stored - reference| in units of the last place, less the slack
     worst_raw_ulp: float = 0.0  # with it: large where weight and delta nearly cancel
+    ulps: list[int] = field(default_factory=lambda: [0] * ULP_BINS)  # elements by their distance, with it
     beyond: int = 0  # elements farther off than half a unit and the slack
     changed: int = 0
     not_finite: int = 0
@@ -56,6 +58,7 @@ class Facts:
             "verified_elements": self.elements,
             "worst_ulp": self.worst_ulp,
             "worst_raw_ulp": self.worst_raw_ulp,
+            "ulps": self.ulps,
             "verified_retained": self.kept / self.energy if self.energy else None,
             "verified_changed_fraction": self.changed / self.elements if self.elements else 0.0,
         }
@@ -114,11 +117,22 @@ def compare(
     facts.elements += stored.numel()
     facts.worst_ulp = max(facts.worst_ulp, _most((error - slack) / unit))
     facts.worst_raw_ulp = max(facts.worst_raw_ulp, _most(error / unit))
+    facts.ulps = [a + b for a, b in zip(facts.ulps, _bins(error / unit), strict=True)]
     facts.beyond += int((~(error <= unit / 2 + slack)).sum())
     facts.changed += int((stored != rounded).sum())
     facts.not_finite += int((~stored.isfinite()).sum())
     facts.kept += float(((O - W) * delta).sum())
     facts.energy += float((delta * delta).sum())
+
+
+def _bins(ulps: Tensor) -> list[int]:
+    """How many elements lie in each of the bins."""
+    import torch
+
+    near = ulps.nan_to_num(nan=2.0).clamp(max=2.0).flatten()
+    numbers = torch.where(near <= 0.5, (near * 20).ceil().sub_(1).clamp_(min=0), 10 + (near > 1).double())
+    found: list[int] = torch.bincount(numbers.long(), minlength=ULP_BINS).tolist()
+    return found
 
 
 def _most(values: Tensor) -> float:

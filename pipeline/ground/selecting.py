@@ -174,9 +174,15 @@ def key(seed: int, adapter: int, weight: str) -> int:
 
 
 def draws(stream: int, start: int, stop: int, device: str) -> Tensor:
-    """Draws number start to stop of a stream, int64 below 2^53: splitmix64's upper bits.
+    """Draws number start to stop of a stream, int64 below 2^53: the upper bits of `words`."""
+    z = words(stream, start, stop, device)
+    return z.bitwise_right_shift_(64 - _FRACTION).bitwise_and_((1 << _FRACTION) - 1)
 
-    Draw i is mix(stream + (i + 1) * golden) (Steele, Lea and Flood, OOPSLA 2014): nothing comes before it.
+
+def words(stream: int, start: int, stop: int, device: str) -> Tensor:
+    """Words number start to stop of a stream, 64 random bits each as int64: splitmix64.
+
+    Word i is mix(stream + (i + 1) * golden) (Steele, Lea and Flood, OOPSLA 2014): nothing comes before it.
     int64 wraps as uint64 does; its shifts bring in the sign, which is masked off.
     """
     import torch
@@ -188,7 +194,7 @@ def draws(stream: int, start: int, stop: int, device: str) -> Tensor:
         z.bitwise_xor_(shifted)
         if factor != 1:
             z.mul_(_signed(factor))
-    return z.bitwise_right_shift_(64 - _FRACTION).bitwise_and_((1 << _FRACTION) - 1)
+    return z
 
 
 def _signed(value: int) -> int:

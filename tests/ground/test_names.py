@@ -50,7 +50,9 @@ patterns = st.one_of(
 
 @given(module=modules, alphas=st.dictionaries(patterns, st.integers(1, 64), max_size=4),
        ranks=st.dictionaries(patterns, st.integers(1, 64), max_size=4), rslora=st.booleans())  # fmt: skip
-def test_ranks_and_scaling_are_pefts(module: str, alphas: dict[str, int], ranks: dict[str, int], rslora: bool) -> None:
+def test_ranks_and_scaling_are_pefts(
+    module: str, alphas: dict[str, int], ranks: dict[str, int], rslora: bool
+) -> None:
     config = {"r": 7, "lora_alpha": 5, "alpha_pattern": alphas, "rank_pattern": ranks, "use_rslora": rslora}
     alpha = alphas.get(get_pattern_key(alphas, module), 5)
     rank = ranks.get(get_pattern_key(ranks, module), 7)

@@ -31,6 +31,7 @@ from tests.making import (
 )
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
+EMBED = "model.embed_tokens"
 UNPROVED = (*ARGUMENTS, "verify=none")
 
 
@@ -145,7 +146,11 @@ def test_a_git_lfs_pointer_says_how_to_get_the_weights(here: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "part"),
     [
-        ("layer_replication", [[0, 2], [1, 2]], "replicated layers, onto which PEFT itself merges deltas that"),
+        (
+            "layer_replication",
+            [[0, 2], [1, 2]],
+            "replicated layers, onto which PEFT itself merges deltas that",
+        ),
         ("use_qalora", True, "QALoRA"),
         ("alora_invocation_tokens", [1, 2], "aLoRA, which is active on some tokens only"),
         ("arrow_config", {"top_k": 2}, "Arrow, which routes tokens between adapters"),
@@ -169,9 +174,17 @@ def test_a_variant_that_is_no_sum_of_weights_is_named(here: Path, field: str, va
         ("modules_to_save", ["lm_head"], "'lm_head', which adapter_config.json lists in modules_to_save"),
         ("trainable_token_indices", [1, 2], "'embeddings', which adapter_config.json lists in trainable_"),
         ("trainable_token_indices", {"embed_tokens": [1]}, "'embed_tokens', which adapter_config.json lists"),
-        ("target_modules", ["q_proj", "v_proj", "o_proj"], "'o_proj', which adapter_config.json lists in tar"),
+        (
+            "target_modules",
+            ["q_proj", "v_proj", "o_proj"],
+            "'o_proj', which adapter_config.json lists in tar",
+        ),
         ("target_modules", "all-linear", "'model.layers.0.mlp.down_proj' and 9 more modules"),
-        ("target_modules", r"model\.layers\..*\.[qkv]_proj", "'model.layers.0.self_attn.k_proj' and 1 more mod"),
+        (
+            "target_modules",
+            r"model\.layers\..*\.[qkv]_proj",
+            "'model.layers.0.self_attn.k_proj' and 1 more mod",
+        ),
     ],
 )
 def test_what_the_config_promises_and_the_file_lacks_is_named_and_counted(
@@ -407,27 +420,25 @@ def test_a_tensor_that_is_not_understood_is_named(here: Path, name: str, part: s
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "part"),
+    ("module", "suffix", "shape", "part"),
     [
-        (key(Q_PROJ, "lora_B.bias"), (32,), f"'{Q_PROJ}' has a lora_B.bias, but the config's lora_bias is F"),
-        (key(Q_PROJ, "lora_magnitude_vector"), (32,), f"'{Q_PROJ}' has a magnitude, but the config's use_dora"),
-        (key("model.embed_tokens", "lora_embedding_A"), (4, 64), "'model.embed_tokens' has lora_embedding_A b"),
-        (key("model.embed_tokens", "lora_embedding_B"), (32, 4), "'model.embed_tokens' has lora_embedding_B b"),
-        (key("mlp.experts.base_layer", "lora_A.weight"), (4, 32), "'mlp.experts.base_layer' has lora_A.weight "),
-        (key("model.embed_tokens", "token_adapter.trainable_tokens_delta"), (4, 32),
-         "'model.embed_tokens' has trained token rows that trainable_token_indices does not list"),
-        (f"base_model.{Q_PROJ}.lora_A.weight", (4, 32), f"'{Q_PROJ.partition('.')[2]}' has lora_A.weight but"),
-        (f"base_model.model.{key(Q_PROJ, 'lora_A.weight')}", (4, 32), f"'base_model.model.{Q_PROJ}' has lora_"),
+        (Q_PROJ, "lora_B.bias", (32,), "has a lora_B.bias, but the config's lora_bias is False"),
+        (Q_PROJ, "lora_magnitude_vector", (32,), "has a magnitude, but the config's use_dora is False"),
+        (EMBED, "lora_embedding_A", (4, 64), "has lora_embedding_A but no lora_embedding_B"),
+        (EMBED, "lora_embedding_B", (32, 4), "has lora_embedding_B but no lora_embedding_A"),
+        (EMBED, "token_adapter.trainable_tokens_delta", (4, 32), "has trained token rows that trainable_"),
+        ("mlp.experts.base_layer", "lora_A.weight", (4, 32), "has lora_A.weight but no lora_B.weight"),
+        (f"{PREFIX}{Q_PROJ}", "lora_A.weight", (4, 32), "has lora_A.weight but no lora_B.weight"),
     ],
-)  # fmt: skip
+)
 def test_a_tensor_that_says_other_than_the_config_is_named(
-    here: Path, name: str, shape: tuple[int, ...], part: str
+    here: Path, module: str, suffix: str, shape: tuple[int, ...], part: str
 ) -> None:
-    sentence = adapter_refusal(here, tensors=adapter_tensors() | {name: tensor(*shape)})
-    assert f"adapter_model.safetensors: {part}" in sentence
+    sentence = adapter_refusal(here, tensors=adapter_tensors() | {key(module, suffix): tensor(*shape)})
+    assert f"adapter_model.safetensors: '{module}' {part}" in sentence
 
 
-def test_keys_with_peftss_default_name_are_taken_and_told(here: Path) -> None:
+def test_keys_with_pefts_default_name_are_taken_and_told(here: Path) -> None:
     assert answer("base_model=base", "adapter=adapter", "output=plain", "verify=none", cwd=here).status == 0
     named = {name.replace(".weight", ".default.weight"): t for name, t in adapter_tensors().items()}
     write_adapter(here / "adapter", named)
@@ -595,10 +606,21 @@ def test_an_untied_lm_head_is_merged(here: Path) -> None:
     assert changed_weights(here) == {f"{Q_PROJ}.weight", "lm_head.weight"}
 
 
+C_PROJ = "h.0.attn.c_proj"
+
+
+def whole_numbers(*shape: int) -> Tensor:
+    """Numbers whose products and sums are exact in float32."""
+    return floats("F32", np.arange(np.prod(shape)).reshape(shape))
+
+
 def conv1d_base(here: Path, **config: Any) -> None:
     """A square Conv1D, of which only the model type tells that it lies transposed."""
-    write_base(here / "base", {"h.0.attn.c_proj.weight": tensor(32, 32)}, config=config)
-    tensors = adapter_tensors(["h.0.attn.c_proj"], shapes={"h.0.attn.c_proj": (32, 32)})
+    write_base(here / "base", {f"{C_PROJ}.weight": tensor(32, 32)}, config=config)
+    tensors = {
+        key(C_PROJ, "lora_A.weight"): whole_numbers(4, 32),
+        key(C_PROJ, "lora_B.weight"): whole_numbers(32, 4),
+    }
     write_adapter(here / "adapter", tensors, lora_config(target_modules=["c_proj"]))
 
 
@@ -606,27 +628,25 @@ def conv1d_base(here: Path, **config: Any) -> None:
 def test_a_square_conv1d_is_merged_as_its_model_type_has_it(here: Path, kind: str) -> None:
     conv1d_base(here, model_type=kind)
     assert answer(*UNPROVED, cwd=here).status == 0
-    A, B = (load_file(here / "adapter" / "adapter_model.safetensors")[key("h.0.attn.c_proj", f"lora_{x}.weight")]
-            for x in "AB")  # fmt: skip
-    merged = load_file(here / "out" / "model.safetensors")["h.0.attn.c_proj.weight"]
-    assert np.allclose(merged, 1 + 2 * (B @ A).T)
-    assert not np.allclose(merged, 1 + 2 * (B @ A))
+    A, B = np.arange(128).reshape(4, 32), np.arange(128).reshape(32, 4)
+    merged = load_file(here / "out" / "model.safetensors")[f"{C_PROJ}.weight"]
+    assert np.array_equal(merged, 1 + 2 * (B @ A).T)
 
 
 def test_a_square_conv1d_of_an_unknown_model_is_refused(here: Path) -> None:
     conv1d_base(here)
     assert refusal(here, *UNPROVED) == (
-        "adapter: 'h.0.attn.c_proj' could lie in h.0.attn.c_proj.weight either way; config.json has no "
-        "model_type"
+        f"adapter: '{C_PROJ}' could lie in {C_PROJ}.weight either way; config.json has no model_type"
     )
 
 
 def experts(here: Path, version: Any) -> None:
     """Square stacked experts: no shape tells which way their LoRA lies."""
-    write_base(here / "base", {"mlp.experts.down_proj": tensor(2, 32, 32)}, config={"model_type": "qwen3_moe"})
+    weights = {"mlp.experts.down_proj": tensor(2, 32, 32)}
+    write_base(here / "base", weights, config={"model_type": "qwen3_moe"})
     tensors = {
-        key("mlp.experts", "lora_A.weight"): floats("F32", np.arange(256).reshape(8, 32)),
-        key("mlp.experts", "lora_B.weight"): floats("F32", np.arange(256).reshape(32, 8)),
+        key("mlp.experts", "lora_A.weight"): whole_numbers(8, 32),
+        key("mlp.experts", "lora_B.weight"): whole_numbers(32, 8),
     }
     told = {"target_modules": None, "target_parameters": ["mlp.experts.down_proj"], "peft_version": version}
     write_adapter(here / "adapter", tensors, lora_config(**told))
@@ -636,7 +656,8 @@ def experts(here: Path, version: Any) -> None:
 def test_square_experts_of_an_unknown_writer_are_refused(here: Path, version: Any) -> None:
     experts(here, version)
     assert refusal(here, *UNPROVED) == (
-        f"adapter: 'mlp.experts' is square, and peft_version {version!r} does not tell which way its experts lie"
+        f"adapter: 'mlp.experts' is square, and peft_version {version!r} does not tell which way its experts "
+        "lie"
     )
 
 
@@ -647,8 +668,8 @@ def test_an_out_proj_of_attention_needs_to_be_told_how_often_it_was_applied(here
     config = lora_config(target_modules=["attn"])
     write_adapter(here / "adapter", adapter_tensors(shapes, shapes=shapes), config)
     assert refusal(here, *UNPROVED).endswith(
-        "adapter_model.safetensors: 'attn.base_layer.out_proj' is the out_proj of a MultiheadAttention, whose "
-        "delta some versions of PEFT apply twice (0.21.2 does); say extract.out_proj_times=1 or 2"
+        "adapter_model.safetensors: 'attn.base_layer.out_proj' is the out_proj of a MultiheadAttention, "
+        "whose delta some versions of PEFT apply twice (0.21.2 does); say extract.out_proj_times=1 or 2"
     )
     assert answer(*UNPROVED, "extract.out_proj_times=1", cwd=here).status == 0
 
@@ -661,7 +682,7 @@ def test_nesting_that_the_config_does_not_explain_is_refused(here: Path) -> None
 
 
 def test_resized_embeddings_without_their_head_are_refused(here: Path) -> None:
-    tensors = adapter_tensors() | {key("model.embed_tokens", "weight"): tensor(70, 32)}
+    tensors = adapter_tensors() | {key(EMBED, "weight"): tensor(70, 32)}
     sentence = adapter_refusal(here, tensors=tensors)
     assert sentence == (
         "adapter: resizes model.embed_tokens.weight to 70 tokens, but lm_head.weight has 64; the adapter "
@@ -679,7 +700,7 @@ def test_resized_embeddings_without_their_head_are_refused(here: Path) -> None:
     ],
 )
 def test_token_rows_that_fit_no_token_are_refused(here: Path, indices: list[int], part: str) -> None:
-    rows = {key("model.embed_tokens", "token_adapter.trainable_tokens_delta"): tensor(2, 32)}
+    rows = {key(EMBED, "token_adapter.trainable_tokens_delta"): tensor(2, 32)}
     sentence = adapter_refusal(here, tensors=adapter_tensors() | rows, trainable_token_indices=indices)
     assert f"'model.embed_tokens' {part}" in sentence
 

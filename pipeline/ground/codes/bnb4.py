@@ -28,6 +28,8 @@ from pipeline.ground.shards import Entry
 if TYPE_CHECKING:
     from torch import Tensor
 
+_PLAIN = ("", ".absmax", ".quant_map")
+_NESTED = (*_PLAIN, ".nested_absmax", ".nested_quant_map")
 _STATE = ".quant_state.bitsandbytes__"
 
 
@@ -103,26 +105,19 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
 
     def found(entry: Entry) -> Found:
         name, _, kind = entry.name.partition(_STATE)
-        parts = [
-            "",
-            ".absmax",
-            ".quant_map",
-            *([".nested_quant_map"] if name + ".nested_absmax" in tensors else []),
-        ]
+        parts = _NESTED if name + ".nested_absmax" in tensors else _PLAIN
         missing = [name + part for part in parts if name + part not in tensors]
         if missing or kind not in LEVELS:
             lacks = f"there is no '{missing[0]}'" if missing else f"'{kind}' is neither nf4 nor fp4"
             raise refusal(entry, f"tells of a bitsandbytes weight, but {lacks}")
-        weight, absmax, levels, *nested_levels = (tensors[name + part] for part in parts)
+        weight, absmax, levels, *outer = (tensors[name + part] for part in parts)
         state = State.read(entry, kind)
         count, shape = prod(state.shape), list(state.shape)
         if not 0 <= weight.extent.length - (count + 1) // 2 < num_bytes(weight) or weight.shape[1:] != (1,):
             raise refusal(weight, f"is {told(weight)}, not a column of the {count} codes of {shape}")
         check_levels(levels, kind)
         blocks = -(-count // state.blocksize)
-        nested = (
-            state.nested(tensors[name + ".nested_absmax"], *nested_levels, blocks) if nested_levels else None
-        )
+        nested = state.nested(outer[0], outer[1], blocks) if outer else None
         expect(absmax, "U8" if nested else "F32", blocks)
         code = Bnb4(state.shape, kind, state.blocksize, weight, absmax, (entry, levels), nested)
         return Found(name, code, weight)

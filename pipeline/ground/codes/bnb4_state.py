@@ -61,20 +61,18 @@ class State:
 
     def nested(self, absmax: Entry, levels: Entry, blocks: int) -> Nested:
         """How the scales of `blocks` blocks are quantized; Refused where the tensors do not fit."""
-        blocksize, offset = self.fields.get("nested_blocksize"), self.fields.get("nested_offset")
-        sound = type(blocksize) is int and blocksize > 0 and type(offset) is float and isfinite(offset)
-        if not sound or self.fields.get("nested_dtype") != "float32":
-            told_of = f"nested_blocksize {blocksize!r}, nested_offset {offset!r}"
-            raise refusal(
-                absmax, f"stands beside {told_of} and nested_dtype {self.fields.get('nested_dtype')!r}"
-            )
+        size, offset, dtype = (self.fields.get(f"nested_{key}") for key in ("blocksize", "offset", "dtype"))
+        sound = size in _BLOCKSIZES and isinstance(offset, float) and isfinite(offset) and dtype == "float32"
+        if not sound or size is None or offset is None:
+            told_of = f"nested_blocksize {size!r}, nested_offset {offset!r} and nested_dtype {dtype!r}"
+            raise refusal(absmax, f"stands beside {told_of}, which bitsandbytes does not write")
         expect(levels, "F32", 256)
-        expect(absmax, "F32", -(-blocks // blocksize))
-        return Nested(absmax, levels, blocksize, offset)
+        expect(absmax, "F32", -(-blocks // size))
+        return Nested(absmax, levels, size, offset)
 
 
 def check_levels(entry: Entry, kind: str) -> None:
-    """Refused if the table of a file is another than the one by which bitsandbytes decodes, whatever it says."""
+    """Refused if a table is another than the one by which bitsandbytes decodes whatever the file holds."""
     expect(entry, "F32", 16)
     both = zip(unpack("<16f", read_small(entry)), LEVELS[kind], strict=True)
     if not all(abs(one - other) <= 1e-6 for one, other in both):  # as QuantState.__eq__ compares

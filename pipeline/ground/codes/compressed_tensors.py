@@ -97,10 +97,9 @@ class Integers(Code):
         stored = read_whole(self.zero, device)
         if stored.dtype == torch.int8:
             return stored.float().view(-1, self.grid.across)
-        turned = (
-            stored.view(-1, *self.zero.shape[-2:]).transpose(1, 2).contiguous()
-        )  # (experts, groups, words)
-        bytes_ = turned.view(-1, turned.shape[-1]).view(torch.uint8)
+        turned = stored.view(-1, *self.zero.shape[-2:]).transpose(1, 2)  # (experts, groups, words)
+        turned = turned.clone(memory_format=torch.contiguous_format)
+        bytes_ = turned.flatten(0, 1).view(torch.uint8)
         zeros = unpacked(bytes_, self.bits, 2 ** (self.bits - 1))[:, : self.shape[-2]]
         return zeros.reshape(*turned.shape[:2], -1).transpose(1, 2).reshape(-1, self.grid.across)
 

@@ -56,6 +56,7 @@ def bits_and_inputs(parts: Parts, planar: bool, settings: Mapping[str, Any]) -> 
     said = mentioned(settings, "bits")
     choices = [b for b in (range(2, 9) if all_bits else (2, 3, 4, 8)) if not said or b in said]
     right = qzeros.dtype == "I32" and scales.dtype in {"F16", "BF16", "F32"}
+    right &= "g_idx" not in parts or len(parts["g_idx"].shape) == 1
     if right and len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2 and scales.shape[0]:
         (words, outputs), (groups, columns) = qweight.shape, qzeros.shape
         told = parts["g_idx"].shape[0] if "g_idx" in parts else None
@@ -109,7 +110,7 @@ def check_zeros(qzeros: Entry, bits: int, version: int, settings: Mapping[str, A
         raise refusal(
             qzeros,
             f"holds {middle} throughout, which is how version {other} stores symmetric zero points, but "
-            f"checkpoint_format {said!r} means version {version}: one of them is wrong",
+            f"checkpoint_format {said!r} means version {version}: one is wrong",
         )
     if version == 1 and _any_ones(raw, bits) and (bits == 3 or not _by_gptqmodel(settings)):
         raise refusal(

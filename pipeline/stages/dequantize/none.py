@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.dequantizing import dense
 from pipeline.ground.codes.code import Code
 from pipeline.ground.errors import Refused
 from pipeline.stage import Dequantize, stage
-from pipeline.stages.dequantize.auto import dense
 from pipeline.weight import Checkpoint, Stored, Weight
 
 

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.combined import Combined
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Plan
@@ -25,6 +26,11 @@ class SaveBoth(SaveMerged):
             raise Refused(
                 f"save: both would keep the adapter as it is beside a model merged with merge.weight="
                 f"{min(factors):g}, which is not the same; use save=merged"
+            )
+        if any(isinstance(weight, Combined) for weight in merged.weights):
+            raise Refused(
+                "save: both would keep an adapter beside a model that is not base + adapter, since merge= "
+                "takes only part of it; use save=merged"
             )
         if len(adapter.parts) > 1:
             raise Refused(

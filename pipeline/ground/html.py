@@ -1,0 +1,312 @@
+"""report.html: the report as a page, in one file that needs no network and runs no script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from pipeline.ground import charts
+from pipeline.ground.charts import drawn
+from pipeline.ground.markup import Column, Markup, element, figure, page, table
+from pipeline.ground.report import Action, Report, Status, retained, unique
+from pipeline.ground.units import show_bytes, show_seconds
+
+_MOST_SPREADS = 12  # weights whose distribution is drawn; the table has all
+_ULP_EDGES = [
+    "0-.05",
+    ".05-.1",
+    ".1-.15",
+    ".15-.2",
+    ".2-.25",
+    ".25-.3",
+    ".3-.35",
+    ".35-.4",
+    ".4-.45",
+    ".45-.5",
+]
+_BEYOND = [".5-1", "> 1"]
+
+Weights = Mapping[str, Mapping[str, Any]]
+
+
+def report_page(report: Report, request: Mapping[str, Any]) -> str:
+    """The page: verdict first, then what was merged into what, the proof, and the record."""
+    title = f"{report.plan.adapter} merged into {report.plan.base}"
+    parts = [
+        _verdict(report, title),
+        _figures(report),
+        _gates(report),
+        _deltas(report),
+        _logits(report),
+        _answers(report),
+        _findings(report),
+        _record(report, request),
+    ]
+    return page(f"{_word(report)}: {title}", *(part for part in parts if part))
+
+
+def _word(report: Report) -> str:
+    if not report.passed:
+        return "Refused"
+    return "Verified" if report.gates else "Not verified"
+
+
+def _verdict(report: Report, title: str) -> Markup:
+    failed = [gate for gate in report.gates if gate.status is Status.failed]
+    skipped = [gate for gate in report.gates if gate.status is Status.skipped]
+    kind = "failed" if failed else "passed" if report.gates else "open"
+    said = [f"{gate.name}: {gate.seen}; wanted {gate.wanted}." for gate in failed]
+    if not failed and report.gates:
+        said = [f"{len(report.gates) - len(skipped)} of {len(report.gates)} gates passed"]
+        said[0] += f", {len(skipped)} skipped." if skipped else "."
+    if not report.gates:
+        said = ["Nothing was checked."]
+    return element(
+        "header",
+        element("b", _word(report), class_="word"),
+        element("h1", title),
+        *(element("p", sentence) for sentence in said),
+        class_=f"verdict {kind}",
+    )
+
+
+def _figures(report: Report) -> Markup:
+    plan, kept, logits = report.plan, retained(report.weights), report.logits
+    worst = [w["worst_ulp"] for w in report.weights.values() if w.get("worst_ulp") is not None]
+    changed = sum(w.action in (Action.merged, Action.saved) for w in plan.weights)
+    cells = [("weights merged", f"{changed} of {len(plan.weights)}"), ("stored as", plan.dtype)]
+    if kept:
+        cells.append(("of the delta survives", f"{kept['mean']:.2%}"))
+    if worst:
+        cells.append(("worst rounding", f"{max(worst):.3f} ulp"))
+    if logits:
+        cells += [
+            ("KL ratio", f"{logits['ratio']:.2g}"),
+            ("same top token", f"{logits['top1_agreement']:.2%}"),
+        ]
+    if report.save:
+        cells += [
+            ("written", show_bytes(report.save["bytes"])),
+            ("merged in", show_seconds(report.save["seconds"])),
+        ]
+    if report.gates:
+        cells.append(("verified in", show_seconds(report.seconds)))
+    return element(
+        "dl", *(element("div", element("dt", k), element("dd", v)) for k, v in cells), class_="figures"
+    )
+
+
+def _gates(report: Report) -> Markup | None:
+    if not report.gates:
+        return None
+    marks = {Status.passed: "passed", Status.failed: "FAILED", Status.skipped: "skipped"}
+    rows = [
+        (g.name, element("span", marks[g.status], class_=f"mark {g.status.value}"), g.seen, g.wanted)
+        for g in report.gates
+    ]
+    heads = [Column("gate"), Column("result"), Column("seen"), Column("wanted")]
+    return _section("Gates", table(heads, rows, wide=True))
+
+
+def _section(title: str, *parts: object) -> Markup:
+    return element("section", element("h2", title), *parts)
+
+
+def place(name: str) -> tuple[str, str]:
+    """(layer, module) of a weight's name; the numbers of its experts do not tell them apart."""
+    parts = name.removesuffix(".weight").split(".")
+    layer = next((n for n, part in enumerate(parts) if part.isdigit()), None)
+    if layer is None:
+        return "other", parts[-1]
+    return parts[layer], ".".join(p for p in parts[layer + 1 :] if not p.isdigit())
+
+
+def grid(weights: Weights, key: str) -> tuple[list[str], list[str], list[list[float | None]]]:
+    """Layers, modules by the end of their names, and the least value of `key` at each."""
+    found: dict[tuple[str, str], float] = {}
+    for name, facts in weights.items():
+        if (value := facts.get(key)) is not None:
+            at = place(name)
+            found[at] = min(value, found.get(at, value))
+    layers = sorted(
+        {layer for layer, _ in found}, key=lambda s: (not s.isdigit(), int(s) if s.isdigit() else 0)
+    )
+    modules = list(dict.fromkeys(module for _, module in found))
+    ends = [module.rpartition(".")[2] for module in modules]
+    names = [e if ends.count(e) == 1 else m for e, m in zip(ends, modules, strict=True)]
+    return layers, names, [[found.get((layer, module)) for module in modules] for layer in layers]
+
+
+def _deltas(report: Report) -> Markup | None:
+    weights = report.weights
+    if not weights:
+        return None
+    shown: list[Markup] = []
+    for key, caption, limits, logarithmic in (
+        ("retained", "Share of the delta that survived rounding, by layer and module", True, False),
+        ("verified_retained", "Share of the delta found in the files, by layer and module", True, False),
+        ("relative_norm", "Size of the delta against the weight, by layer and module", False, True),
+    ):
+        layers, modules, values = grid(weights, key)
+        flat = [v for row in values for v in row if v is not None]
+        if not flat or (key == "verified_retained" and shown):
+            continue
+        span = (min(0.9, max(min(flat), 0.0)), 1.0) if limits else None
+        chart = partial(
+            charts.heat_map, layers, modules, values, "1 = all of it" if limits else "||D|| / ||W||",
+            limits=span, logarithmic=logarithmic,
+        )  # fmt: skip
+        shown.append(figure(caption, drawn(key, chart)))
+    spread = [
+        charts.Spread(name.removesuffix(".weight"), facts["before"], facts["after"])
+        for name, facts in sorted(weights.items(), key=lambda item: -(item[1].get("relative_norm") or 0))
+        if "before" in facts
+    ][:_MOST_SPREADS]
+    if spread:
+        caption = "Values before (grey) and after (blue): least to most, and one deviation about the mean"
+        caption += "" if len(spread) < _MOST_SPREADS else f"; the {_MOST_SPREADS} weights that move most"
+        shown.append(figure(caption, drawn("spread", partial(charts.spreads, _short(spread), "value"))))
+    if ulps := [w["ulps"] for w in weights.values() if w.get("ulps")]:
+        counts = [sum(column) for column in zip(*ulps, strict=True)]
+        caption = f"Distance from a float64 recomputation, {sum(counts):,} elements"
+        chart = partial(charts.histogram, _ULP_EDGES + _BEYOND, counts, "units in the last place", 10)
+        shown.append(figure(caption, drawn("ulp", chart)))
+    return _section(
+        "What the merge did to the weights", element("div", *shown, class_="charts"), _all(weights)
+    )
+
+
+def _short(spread: list[charts.Spread]) -> list[charts.Spread]:
+    """Names without the path that all share."""
+    names = [s.name.split(".") for s in spread]
+    same = 0
+    while len(names) > 1 and all(len(n) > same + 1 and n[same] == names[0][same] for n in names):
+        same += 1
+    return [s._replace(name=".".join(n[same:])[-34:]) for s, n in zip(spread, names, strict=True)]
+
+
+def _all(weights: Weights) -> Markup:
+    keys = {
+        "retained": "retained",
+        "changed_fraction": "changed",
+        "relative_norm": "||D||/||W||",
+        "worst_ulp": "ulp",
+    }
+    keys = {key: head for key, head in keys.items() if any(w.get(key) is not None for w in weights.values())}
+    rows = [
+        (name, *("" if facts.get(key) is None else f"{facts[key]:.4g}" for key in keys))
+        for name, facts in weights.items()
+    ]
+    columns = [Column("weight"), *(Column(head, number=True) for head in keys.values())]
+    listed = table(columns, rows, wide=True)
+    return element("details", element("summary", f"All {len(rows)} weights as a table"), listed)
+
+
+_LOGITS = {
+    "kl_adapter_base": "KL(adapter || base), mean",
+    "kl_mean": "KL(adapter || merged), mean",
+    "kl_median": "median",
+    "kl_p99": "99th percentile",
+    "kl_p999": "99.9th percentile",
+    "kl_max": "largest",
+    "kl_floor": "of it, noise of the evaluation itself",
+    "ratio": "KL(adapter || merged) / KL(adapter || base)",
+    "ratio_interval": "its 95 % interval",
+    "top1_agreement": "same top token",
+    "top1_interval": "its 95 % interval",
+    "rms_probability": "RMS change of a token's probability",
+    "perplexity_adapter": "perplexity, adapter",
+    "perplexity_merged": "perplexity, merged",
+    "perplexity_ratio": "merged / adapter",
+    "perplexity_ratio_error": "its standard error",
+    "largest_difference": "largest difference of a log-probability",
+    "tokens": "tokens",
+}
+
+
+def _logits(report: Report) -> Markup | None:
+    figures = report.logits
+    if not figures:
+        return None
+    rows = [(label, _number(figures[key])) for key, label in _LOGITS.items() if figures.get(key) is not None]
+    parts: list[object] = [table([Column("nats per token"), Column("", number=True)], rows)]
+    if values := figures.get("kl_along"):
+        level = (figures["kl_adapter_base"], "what the adapter does, KL(adapter || base)")
+        chart = partial(charts.along, values, "along the text", "KL(adapter || merged), nats", level)
+        parts.append(figure("What the merge changed in the predictions, along the text", drawn("kl", chart)))
+    return _section("The merged model against base + adapter", element("div", *parts, class_="charts"))
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_number, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _answers(report: Report) -> Markup | None:
+    if not report.answers:
+        return None
+    answers = dict(report.answers)
+    prompt = answers.pop("prompt", "")
+    columns = [element("div", element("b", who), said) for who, said in answers.items()]
+    return _section(
+        "Answers", element("p", prompt, class_="muted"), element("div", *columns, class_="answers")
+    )
+
+
+def _findings(report: Report) -> Markup | None:
+    found = unique(report.plan.findings, report.findings)
+    return _section("Notes", element("ul", *(element("li", f.text) for f in found))) if found else None
+
+
+def _record(report: Report, request: Mapping[str, Any]) -> Markup:
+    plan, manifest = report.plan, report.manifest
+    actions = ", ".join(f"{n} {action.name}" for action, n in plan.count().items())
+    rows: list[tuple[object, object]] = [
+        *(("base", _origin(b, plan.base)) for b in _tables([manifest.get("base")]) or [{}]),
+        *(("adapter", _origin(a, plan.adapter)) for a in _tables(manifest.get("adapters")) or [{}]),
+        ("weights", actions),
+        ("arithmetic", f"in {plan.merge_dtype}, stored as {plan.dtype}"),
+    ]
+    if report.save:
+        rows.append(("peak memory", show_bytes(report.save["peak_memory"])))
+    versions = {
+        k: v for part in ("tool", "libraries") for t in _tables([manifest.get(part)]) for k, v in t.items()
+    }
+    rows += [(element("code", name), version) for name, version in versions.items()]
+    parts: list[object] = [table([Column(""), Column("")], rows)]
+    if request:
+        parts += [element("h2", "Recipe"), element("pre", as_yaml(request))]
+    for key, label in (("inputs", "What went in"), ("outputs", "What came out")):
+        if files := _tables(manifest.get(key)):
+            listed = [
+                (f.get("name"), show_bytes(float(f.get("num_bytes", 0))), element("code", f.get("sha256")))
+                for f in files
+            ]
+            heads = [Column("file"), Column("size", number=True), Column("SHA-256")]
+            summary = element("summary", f"{label}: {len(listed)} files with their hashes")
+            parts.append(element("details", summary, table(heads, listed, wide=True)))
+    return _section("Record", *parts)
+
+
+def _tables(value: Any) -> list[Mapping[str, Any]]:
+    """The tables of a list: a manifest that somebody else wrote may hold anything."""
+    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, list) else []
+
+
+def _origin(facts: Mapping[str, Any], name: str) -> str:
+    commit = f" at {facts['commit']}" if facts.get("commit") else ""
+    weight = f", weight {facts['weight']}" if facts.get("weight", 1) != 1 else ""
+    return f"{facts.get('repo') or facts.get('name') or name}{commit}{weight}"
+
+
+def as_yaml(value: Any, indent: str = "") -> str:
+    """Nested tables as people write them in a recipe."""
+    lines = []
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            lines += [f"{indent}{key}:", as_yaml(inner, indent + "  ")] if inner else []
+        else:
+            lines.append(f"{indent}{key}: {inner}")
+    return "\n".join(lines)
