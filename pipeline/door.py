@@ -57,7 +57,8 @@ def _published(request: Request) -> Report:
         report = _run_planned(request.pipeline)
         verdict = {gate.name: gate.status.value for gate in report.gates}
         manifest = {k: v for k, v in report.manifest.items() if k != "save"}
-        write_json(place.folder / NAME, {**manifest, "request": request.settings, "verified": verdict})
+        asked = {"stages": request.pipeline.chosen(), "request": request.settings}
+        write_json(place.folder / NAME, {**manifest, **asked, "verified": verdict})
         write_json(place.folder / "report.json", report.as_dict())
         (place.folder / "report.html").write_text(report_page(report, request.settings), "utf-8")
         stands_at = place.publish() if report.passed else place.reject()

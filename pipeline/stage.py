@@ -205,6 +205,11 @@ class Pipeline:
     save: Save
     verify: Verify
 
+    def chosen(self) -> dict[str, str]:
+        """The name of the stage in each slot."""
+        kinds = {cls: name for stages in STAGES.values() for name, cls in stages.items()}
+        return {slot: kinds[type(getattr(self, slot))] for slot in SLOTS}
+
     def plan(self) -> Plan:
         """What `run` would do, from headers and configs; Refused, with every reason, if it would not."""
         stages = (self.extract, self.load, self.dequantize, self.merge, self.save, self.verify)

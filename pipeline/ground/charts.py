@@ -67,7 +67,7 @@ def heat_map(
         norm: Normalize = LogNorm(low, max(high, low * 1.1))
     else:
         norm = Normalize(low, max(high, low + 1e-9))
-    mesh = axes.pcolormesh(table, norm=norm, cmap="viridis", edgecolors="none", linewidth=0)
+    mesh = axes.pcolormesh(table, norm=norm, cmap="viridis", edgecolors="face", linewidth=0.5)
     axes.invert_yaxis()
     every = ceil(len(rows) / (height / 0.2))
     shown = [n for n in range(len(rows)) if n % every == 0 or not rows[n].isdigit()]
@@ -79,6 +79,8 @@ def heat_map(
     bar = figure.colorbar(mesh, ax=axes, location="top", aspect=40, pad=0.02, fraction=0.05)
     bar.outline.set_visible(False)
     bar.set_label(label)
+    if logarithmic:
+        _plain(bar.ax.xaxis)
     return _svg(figure)
 
 
@@ -121,6 +123,7 @@ def along(values: Sequence[float], xlabel: str, ylabel: str, level: tuple[float,
         axes.axhline(level[0], color=_INKS["muted"], linewidth=1, linestyle="--")
         axes.text(0, level[0], level[1], color=_INKS["muted"], va="bottom", fontsize=8)
     axes.set_yscale("log")
+    _plain(axes.yaxis, every_decade=True)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(axis="y")
@@ -138,6 +141,7 @@ def points(named: Sequence[tuple[str, float, float]], xlabel: str, ylabel: str) 
         assert name
     if len(ys) == len(named) and log10(max(ys) / min(ys)) > 1:
         axes.set_yscale("log")
+        _plain(axes.yaxis, every_decade=True)
     axes.margins(x=0.1, y=0.12)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -163,6 +167,15 @@ def _figure(height: float) -> tuple[Figure, Any]:
 
     figure = Figure((_WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _plain(axis: Any, every_decade: bool = False) -> None:
+    """Numbers of a logarithmic axis as plain numbers, a few of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1,) if every_decade else (1, 2, 5), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _svg(figure: Figure) -> str:

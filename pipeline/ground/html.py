@@ -106,7 +106,7 @@ def _gates(report: Report) -> Markup | None:
         for g in report.gates
     ]
     heads = [Column("gate"), Column("result"), Column("seen"), Column("wanted")]
-    return _section("Gates", table(heads, rows, wide=True))
+    return _section("Gates", table(heads, rows, "stack"))
 
 
 def _section(title: str, *parts: object) -> Markup:
@@ -199,7 +199,7 @@ def _all(weights: Weights) -> Markup:
         for name, facts in weights.items()
     ]
     columns = [Column("weight"), *(Column(head, number=True) for head in keys.values())]
-    listed = table(columns, rows, wide=True)
+    listed = table(columns, rows, "wide")
     return element("details", element("summary", f"All {len(rows)} weights as a table"), listed)
 
 
@@ -286,7 +286,7 @@ def _record(report: Report, request: Mapping[str, Any]) -> Markup:
             ]
             heads = [Column("file"), Column("size", number=True), Column("SHA-256")]
             summary = element("summary", f"{label}: {len(listed)} files with their hashes")
-            parts.append(element("details", summary, table(heads, listed, wide=True)))
+            parts.append(element("details", summary, table(heads, listed, "wide")))
     return _section("Record", *parts)
 
 

@@ -40,8 +40,8 @@ def element(tag: str, *parts: object, **attributes: str) -> Markup:
     return Markup(f"<{tag}{named}>{''.join(map(text, parts))}</{tag}>")
 
 
-def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], wide: bool = False) -> Markup:
-    """A table; a wide one scrolls inside its place on a narrow screen."""
+def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], kind: str = "") -> Markup:
+    """A table; on a narrow screen a `wide` one scrolls in its place, the rows of a `stack` become blocks."""
     kinds = [{"class_": "n"} if column.number else {} for column in columns]
     head = [element("th", c.head, **kind) for c, kind in zip(columns, kinds, strict=True)]
     body = [
@@ -49,7 +49,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], wide: boo
         for row in rows
     ]
     whole = element("table", element("thead", element("tr", *head)), element("tbody", *body))
-    return element("div", whole, class_="wide") if wide else whole
+    return element("div", whole, class_=kind) if kind else whole
 
 
 def figure(caption: str, svg: str | None) -> Markup:

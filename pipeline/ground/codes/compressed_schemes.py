@@ -8,18 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.ground.codes.reading import matrices
+from pipeline.ground.codes.scale_grid import Grid
 from pipeline.ground.errors import Refused
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """`down` x `across` scales of a matrix, each for a block of `height` x `width`, the last ones cut."""
-
-    down: int
-    across: int
-    height: int
-    width: int
-    describe: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +99,20 @@ def _rank(module: str, target: str) -> int:
 def fitting_grid(shape: tuple[int, ...], scales: tuple[int, ...], scheme: Scheme) -> Grid | None:
     """The grid of scales of this shape for a weight of that one; None if it fits none."""
     outer, rows, columns = matrices(shape)
-    if scales == (1,) or scales == ():
-        return Grid(1, 1, rows, columns, "tensor") if outer == 1 else None
+    if scales in ((), (1,)):
+        return Grid(outer * rows, 1, 1, outer * rows, columns)
     if len(scales) != len(shape) or scales[:-2] != shape[:-2]:
         return None
     down, across = scales[-2:]
     if (down, across) == (1, 1):
-        return Grid(1, 1, rows, columns, "tensor")
+        return Grid(rows, 1, 1, rows, columns)
     if scheme.block and scheme.arguments.get("strategy", "block") == "block":
         height, width = scheme.block
         fits = (down, across) == (-(-rows // height), -(-columns // width))
-        return Grid(down, across, height, width, f"{height}x{width} block") if fits else None
+        return Grid(rows, down, across, height, width) if fits else None
     if down != rows or not across or columns % across:
         return None
     said, width = scheme.arguments.get("group_size"), columns // across
     if isinstance(said, int) and said > 0 and said != width:
         return None
-    return Grid(down, across, 1, width, "row" if across == 1 else f"group of {width}")
+    return Grid(rows, rows, across, 1, width)

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows, read_whole
-from pipeline.ground.codes.compressed_schemes import Grid, Scheme, Schemes, fitting_grid
+from pipeline.ground.codes.compressed_schemes import Scheme, Schemes, fitting_grid
 from pipeline.ground.codes.integers import scaled, unpacked
 from pipeline.ground.codes.parts import Parts, by_module, named, numbers, sibling
 from pipeline.ground.codes.reading import each, matrices, num_bytes, reading, refusal
+from pipeline.ground.codes.scale_grid import Grid
 from pipeline.ground.shards import Entry
 
 if TYPE_CHECKING:
@@ -45,8 +46,10 @@ class Integers(Code):
 
     @property
     def describe(self) -> str:
-        kind = "pack" if self.packed else "int"
-        return f"compressed-tensors {kind}-quantized {self.bits} bit, a scale per {self.grid.describe}"
+        kind, grid = "pack" if self.packed else "int", self.grid
+        of = f"{grid.height}x{grid.width} block" if grid.height > 1 else f"group of {grid.width}"
+        of = ("tensor" if grid.down == 1 else "row") if grid.across == 1 and grid.width >= self.shape[-1] else of
+        return f"compressed-tensors {kind}-quantized {self.bits} bit, a scale per {of}"
 
     @property
     def entries(self) -> tuple[Entry, ...]:
