@@ -61,7 +61,7 @@ class Root:
     memory_limit: Any = None
     """memory for tiles and models beyond the libraries, as 4GB; default: what is free"""
     report: str | None = None
-    """file for the report as JSON, with the page beside it as .html; default: in the output"""
+    """file for the report as JSON, with the page beside it as .html; or the page alone; default: in the output"""
     dry_run: bool = False
     """print the plan and stop"""
     debug: bool = False

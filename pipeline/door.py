@@ -77,7 +77,8 @@ def _run_planned(pipeline: Pipeline) -> Report:
 
 def _write_report(report: Report, request: Request) -> None:
     if request.report:
-        write_json(request.report, report.as_dict())
+        if request.report.suffix != ".html":
+            write_json(request.report, report.as_dict())
         request.report.with_suffix(".html").write_text(report_page(report, request.settings), "utf-8")
 
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from math import prod
-from typing import Any
 
 from pipeline.ground.deltas.delta import Delta
 from pipeline.ground.deltas.dora import Dora
 from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.deltas.tokens import TokenRows
+from pipeline.ground.entries import is_transpose, same_values
 from pipeline.ground.errors import Refused
-from pipeline.ground.files import read_into
 from pipeline.ground.report import Finding
-from pipeline.ground.shards import Entry
 from pipeline.weight import Adapter, Checkpoint, Part, Weight
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
@@ -97,7 +94,7 @@ def _meant_once(shared: Weight, side: _Sides) -> bool:
                 f"but what it holds for {on_head[0].module} differs from {on_embeddings[0].module}; "
                 "tied=untie merges each with its own"
             )
-        return same and (ensured or all(isinstance(d, Saved) for d in on_head))
+        return same and (ensured or all(isinstance(d, Saved | TokenRows) for d in on_head))
     saved = [d for d in on_embeddings if isinstance(d, Saved)]
     resized = bool(saved) and saved[0].shape != shared.shape and not _is_module_to_save(saved[0], side.part)
     return ensured or resized or all(isinstance(d, TokenRows) for d in on_embeddings)
@@ -109,31 +106,18 @@ def _is_module_to_save(delta: Delta, part: Part) -> bool:
 
 def _is_copy(head: Delta, embeddings: Delta) -> bool:
     if isinstance(head, Saved) and isinstance(embeddings, Saved):
-        return _same(head.entry, embeddings.entry, transposed=False)
+        return same_values(head.entry, embeddings.entry)
+    if isinstance(head, TokenRows) and isinstance(embeddings, TokenRows):
+        return head.indices == embeddings.indices and same_values(head.entry, embeddings.entry)
     if isinstance(head, Dora) and isinstance(embeddings, Dora):
         head, embeddings = head.lora, embeddings.lora
     if not isinstance(head, Lora) or not isinstance(embeddings, Lora):
         return False
     return (
         head.scale == embeddings.scale
-        and _same(head.A, embeddings.B, transposed=True)
-        and _same(head.B, embeddings.A, transposed=True)
+        and is_transpose(head.A, embeddings.B)
+        and is_transpose(head.B, embeddings.A)
     )
-
-
-def _same(one: Entry, other: Entry, transposed: bool) -> bool:
-    import numpy
-
-    def values(entry: Entry) -> Any:
-        buffer = bytearray(entry.extent.length)
-        with entry.extent.file.opened() as descriptor:
-            read_into(descriptor, entry.extent.offset, memoryview(buffer))
-        return numpy.frombuffer(buffer, f"u{len(buffer) // max(prod(entry.shape), 1)}").reshape(entry.shape)
-
-    if one.dtype != other.dtype:
-        return False
-    left, right = values(one), values(other)
-    return bool(numpy.array_equal(left, right.T if transposed else right))
 
 
 def _moved_to(embeddings: Weight, adapter: Adapter, sides: Sequence[_Sides]) -> Adapter:

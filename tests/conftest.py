@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.ground import charts
 from tests.making import write_adapter, write_base
 
 
@@ -13,3 +14,10 @@ def here(tmp_path: Path) -> Path:
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "adapter")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts take a second, and few tests look at them; those are marked `draws`."""
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(charts, "drawn", lambda name, draw: "<svg ></svg>")

@@ -363,6 +363,13 @@ def test_a_report_goes_where_it_is_wanted(here: Path) -> None:
     mine = json.loads((here / "mine.json").read_text())
     assert mine["passed"] is True
     assert mine == json.loads((here / "out" / "report.json").read_text())
+    assert (here / "mine.html").read_bytes() == (here / "out" / "report.html").read_bytes()
+
+
+def test_a_report_may_be_the_page_alone(here: Path) -> None:
+    assert answer(*ARGUMENTS, "verify=structure", "report=mine.html", cwd=here).status == 0
+    assert (here / "mine.html").read_text().startswith("<!doctype html>")
+    assert not (here / "mine.json").exists()
 
 
 def test_what_is_published_names_no_path_of_this_machine(here: Path) -> None:

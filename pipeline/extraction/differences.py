@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 
-from pipeline.extraction.pairs import Pair
+from pipeline.extraction.pairs import Pair, Rows
 from pipeline.ground.errors import Refused
 from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
 from pipeline.ground.progress import Progress
@@ -55,7 +55,9 @@ def compare(pairs: Iterable[Pair], device: str) -> Mapping[str, Change]:
             sums[name].append((energy, base_energy))
             bar.advance(elements * 4)
     found = {
-        pair.name: Change(sum(e for e, _ in sums[pair.name]), sum(b for _, b in sums[pair.name]), pair.resized)
+        pair.name: Change(
+            sum(e for e, _ in sums[pair.name]), sum(b for _, b in sums[pair.name]), pair.resized
+        )
         for pair in pairs
     }
     if not any(change.changed for change in found.values()):
@@ -70,6 +72,8 @@ def _tasks(
     pairs: Iterable[Pair], device: str, opened: ExitStack
 ) -> Iterator[Callable[[], _Sums | Callable[[], None]]]:
     for pair in pairs:
+        if pair.base is pair.tuned:
+            continue
         weight = opened.enter_context(ExitStack())
         rows = weight.enter_context(pair.open(device))
         common = min(pair.base.num_rows, pair.tuned.num_rows)
@@ -82,11 +86,8 @@ def _then(action: Callable[[], None]) -> Callable[[], None]:
     return action
 
 
-def _tile(pair: Pair, rows: Callable[..., object], start: int, stop: int) -> _Sums:
-    import torch
-
-    base, tuned, D = rows(start, stop)  # type: ignore[misc]
-    assert isinstance(base, torch.Tensor)
+def _tile(pair: Pair, rows: Rows, start: int, stop: int) -> _Sums:
+    base, tuned, D = rows(start, stop)
     W = base.float()
     energy, base_energy = float(D.flatten().dot(D.flatten())), float(W.flatten().dot(W.flatten()))
     if not (energy < float("inf") and base_energy < float("inf")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
@@ -14,12 +14,12 @@ from pipeline.ground import tiles
 from pipeline.ground.canonical_names import canonical
 from pipeline.ground.errors import Refused
 from pipeline.tying import EMBEDDINGS, HEADS
-from pipeline.weight import Checkpoint, FromAdapter, Merged, Weight
+from pipeline.weight import Checkpoint, Merged, Weight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
+
+Rows = Callable[[int, int], "tuple[Tensor, Tensor, Tensor]"]  # rows(start, stop): (base, tuned, tuned - base)
 
 # What old files hold though the model computes it.
 _BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.position_ids|\.masked_bias)")
@@ -53,7 +53,7 @@ class Pair:
             begin = after
 
     @contextmanager
-    def open(self, device: str) -> Iterator[Callable[[int, int], tuple[Tensor, Tensor, Tensor]]]:
+    def open(self, device: str) -> Iterator[Rows]:
         """rows(start, stop): (base, tuned, tuned - base), the difference in float32.
 
         Of a fine-tune that is a merge to come, the difference is what the merge would add, unrounded.
@@ -80,24 +80,23 @@ class Pair:
 def paired(base: Checkpoint[Weight], tuned: Checkpoint[Weight]) -> tuple[Pair, ...]:
     """Every weight of both; Refused, with every reason, where they are not the same model."""
     if base.config.model_type != tuned.config.model_type:
-        raise Refused(
-            f"finetune: is a model of type {tuned.config.model_type!r}, the base one of {base.config.model_type!r}"
-        )
-    ours, theirs = _by_canonical(base), _by_canonical(tuned)
-    _share_embeddings(ours, theirs)
+        theirs, ours = tuned.config.model_type, base.config.model_type
+        raise Refused(f"finetune: is a model of type {theirs!r}, but the base is one of type {ours!r}")
+    held, wanted = _by_canonical(base), _by_canonical(tuned)
+    _share_embeddings(held, wanted)
     wrong = []
-    for name, weight in ours.items():
-        if name not in theirs and not _BUFFERS.fullmatch(weight.name):
+    for name, weight in held.items():
+        if name not in wanted and not _BUFFERS.fullmatch(weight.name):
             wrong.append(f"finetune: has no {weight.name}, which the base has")
-    for name, weight in theirs.items():
-        if name not in ours and not _BUFFERS.fullmatch(weight.name):
+    for name, weight in wanted.items():
+        if name not in held and not _BUFFERS.fullmatch(weight.name):
             wrong.append(f"finetune: has {weight.name}, which the base lacks")
     if len(wrong) > 1:
         wrong = [f"{wrong[0]} ({len(wrong)} weights are on one side only)"]
     pairs = [
-        Pair(theirs[name].name if _is_shared(weight, theirs[name]) else weight.name, weight, theirs[name])
-        for name, weight in ours.items()
-        if name in theirs
+        Pair(wanted[name].name if _is_shared(weight, wanted[name]) else weight.name, weight, wanted[name])
+        for name, weight in held.items()
+        if name in wanted
     ]
     misfits = [p for p in pairs if p.resized and not _is_vocabulary(p)]
     if misfits:
@@ -112,12 +111,15 @@ def paired(base: Checkpoint[Weight], tuned: Checkpoint[Weight]) -> tuple[Pair, .
 
 
 def _by_canonical(checkpoint: Checkpoint[Weight]) -> dict[str, Weight]:
+    """The weights by their canonical names, or by their own where two have the same canonical one."""
     found: defaultdict[str, list[Weight]] = defaultdict(list)
     for weight in checkpoint.weights:
         found[canonical(weight.name)].append(weight)
-    if several := [weights for weights in found.values() if len(weights) > 1]:
-        return {w.name: w for weights in found.values() for w in weights} if several else {}
-    return {name: weights[0] for name, weights in found.items()}
+    return {
+        name if len(weights) == 1 else weight.name: weight
+        for name, weights in found.items()
+        for weight in weights
+    }
 
 
 def _share_embeddings(ours: dict[str, Weight], theirs: dict[str, Weight]) -> None:
@@ -125,21 +127,22 @@ def _share_embeddings(ours: dict[str, Weight], theirs: dict[str, Weight]) -> Non
     for one, other in ((ours, theirs), (theirs, ours)):
         for name in other.keys() - one.keys():
             if name.rpartition(".")[0].rpartition(".")[2] in HEADS:
-                embeddings = [w for n, w in one.items() if n.split(".")[-2:-1] and n.split(".")[-2] in EMBEDDINGS]
+                embeddings = [
+                    w for n, w in one.items() if n.split(".")[-2:-1] and n.split(".")[-2] in EMBEDDINGS
+                ]
                 if len(embeddings) == 1:
                     one[name] = embeddings[0]
 
 
 def _is_shared(base: Weight, tuned: Weight) -> bool:
     """Whether the base's weight only stands in for the fine-tune's own lm_head."""
-    return canonical(base.name) != canonical(tuned.name) and tuned.name.split(".")[-2:-1] != base.name.split(".")[-2:-1] and tuned.name.split(".")[-2] in HEADS
+    return _layer(tuned) in HEADS and _layer(base) not in HEADS
+
+
+def _layer(weight: Weight) -> str:
+    return weight.name.rpartition(".")[0].rpartition(".")[2]
 
 
 def _is_vocabulary(pair: Pair) -> bool:
-    layer = pair.name.split(".")[-2:-1]
-    return bool(layer) and layer[0] in (*EMBEDDINGS, *HEADS) and pair.base.shape[1:] == pair.tuned.shape[1:]
-
-
-def merges(pairs: Iterable[Pair]) -> bool:
-    """Whether the fine-tune is a merge to come."""
-    return any(isinstance(p.tuned, Merged | FromAdapter) for p in pairs)
+    fits = pair.base.shape[1:] == pair.tuned.shape[1:]
+    return fits and bool({_layer(pair.base), _layer(pair.tuned)} & {*EMBEDDINGS, *HEADS})

@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.ground.adapter_keys import EMBEDDINGS, as_peft_names_it, foreign, is_left_behind, saved
 from pipeline.ground.deltas.delta import Delta
 from pipeline.ground.deltas.dora import Dora
 from pipeline.ground.deltas.kind import NOTHING_TOLD, Kind, Told, Trained
 from pipeline.ground.deltas.kinds import KINDS, NOT_MERGEABLE
 from pipeline.ground.deltas.lora import Lora
-from pipeline.ground.deltas.lora_family import NESTED, changed_base, is_convertible
+from pipeline.ground.deltas.lora_family import changed_base, is_convertible
 from pipeline.ground.deltas.saved import Saved
+from pipeline.ground.entries import same_values
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Finding
 from pipeline.ground.shards import Entry, Shard, read_shard
@@ -49,14 +51,6 @@ _COMMON = frozenset(
         "target_modules",
         "task_type",
     ]
-)
-_EMBEDDINGS = frozenset(
-    ["embed_tokens", "lm_head", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embed_out", "shared"]
-)
-_FOREIGN = (
-    (".lora_down.", "kohya's names"),
-    (".lora_up.", "kohya's names"),
-    (".processor.", "diffusers' names"),
 )
 
 
@@ -101,7 +95,7 @@ def _untargeted(config: Mapping[str, Any], deltas: Iterable[Delta]) -> list[str]
         return []
     targeted = targeting(config)
     modules = list(dict.fromkeys(d.module for d in deltas if isinstance(d, Lora | Dora)))
-    tied = _EMBEDDINGS if config.get("ensure_weight_tying") else frozenset[str]()
+    tied = EMBEDDINGS if config.get("ensure_weight_tying") else frozenset[str]()
     paths = [(module, *module.rpartition(".")[::2]) for module in modules]
     return [m for m, owner, last in paths if not targeted(m) and owner not in modules and last not in tied]
 
@@ -192,11 +186,11 @@ def _deltas(
 ) -> tuple[tuple[Delta, ...], tuple[Finding, ...]]:
     modules: dict[str, dict[str, Entry]] = {}
     shared: dict[str, Entry] = {}
-    saved: list[Delta] = []
+    whole: dict[tuple[str, str], Saved] = {}
     wrong: list[str] = []
     renamed, unused = [], []
     for entry in shard.entries:
-        key = _as_peft_names_it(entry.name, kind)
+        key = as_peft_names_it(entry.name, kind)
         if key != entry.name:
             renamed.append(entry.name)
         inside = key.removeprefix(PREFIX)
@@ -205,7 +199,7 @@ def _deltas(
             shared[key.removeprefix("base_model.")] = entry
         elif not key.startswith(PREFIX):
             wrong.append(
-                f"{shard.file.path}: '{entry.name}' is not a tensor as PEFT names it{_foreign(entry.name)}"
+                f"{shard.file.path}: '{entry.name}' is not a tensor as PEFT names it{foreign(entry.name)}"
             )
         elif suffix:
             tensors = modules.setdefault(inside.removesuffix(f".{suffix}"), {})
@@ -214,16 +208,23 @@ def _deltas(
                     f"{shard.file.path}: both '{tensors[suffix].name}' and '{entry.name}' mean {key}"
                 )
             tensors[suffix] = entry
-        elif any(f".{start}" in inside for start in kind.unused):
+        elif any(f".{start}" in inside for start in kind.unused) or is_left_behind(inside, config):
             unused.append(entry.name)
-        elif delta := _saved(inside, entry, config):
-            saved.append(delta)
+        elif delta := saved(inside, entry, config):
+            first = whole.setdefault((delta.module, delta.parameter), delta)
+            if first is not delta and not same_values(first.entry, entry):
+                wrong.append(
+                    f"{shard.file.path}: both '{first.entry.name}' and '{entry.name}' mean "
+                    f"{delta.module}.{delta.parameter}, and differ"
+                )
+            elif first is not delta:
+                unused.append(entry.name)
         else:
             wrong.append(
                 f"{shard.file.path}: '{entry.name}' is no tensor of {kind.peft_type}, and {CONFIG} does not "
-                f"account for it{_foreign(entry.name)}"
+                f"account for it{foreign(entry.name)}"
             )
-    deltas = list(saved)
+    deltas: list[Delta] = list(whole.values())
     names = frozenset(modules)
     for module, tensors in modules.items():
         try:
@@ -249,38 +250,6 @@ def _findings(renamed: list[str], unused: list[str]) -> Iterable[Finding]:
             "were read as they are meant"
         )
     if unused:
-        yield Finding(f"{len(unused)} tensors served training only and are not merged, as {unused[0]}")
-
-
-def _as_peft_names_it(key: str, kind: Kind) -> str:
-    """The key without the adapter name `default`, a vector without `.weight`: what some writers leave in."""
-    key = re.sub(r"\.default(?=(\.weight|\.bias)?$)", "", key)
-    bare = key.removesuffix(".weight")
-    return bare if any(bare.endswith(f".{suffix}") for suffix in kind.tensors) else key
-
-
-def _saved(inside: str, entry: Entry, config: Mapping[str, Any]) -> Delta | None:
-    """A parameter saved whole, if the config accounts for it."""
-    path, _, parameter = inside.rpartition(".")
-    nested = path.endswith(NESTED)
-    module = path.removesuffix(NESTED)
-    if NESTED in module or not module:
-        return None
-    last = module.rpartition(".")[2]
-    whole = _is_saved_module(module, config)
-    trained_bias = parameter == "bias" and config.get("bias", "none") != "none"
-    embedding = parameter == "weight" and last in _EMBEDDINGS
-    if whole or trained_bias or embedding or (nested and parameter == "weight"):
-        return Saved(module, parameter, entry.shape, entry)
-    return None
-
-
-def _is_saved_module(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether it, or one above it, ends like an entry of modules_to_save - as PEFT has it, without a dot."""
-    parts = module.split(".")
-    above = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    return any(path.endswith(entry) for path in above for entry in config.get("modules_to_save") or [])
-
-
-def _foreign(name: str) -> str:
-    return next((f" ({whose})" for part, whose in _FOREIGN if part in name), "")
+        yield Finding(
+            f"{len(unused)} tensors served training only or are there twice, and are not merged, as {unused[0]}"
+        )

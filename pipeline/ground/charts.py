@@ -7,6 +7,7 @@ page's colour of that name, so that one drawing serves light and dark.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from io import StringIO
 from math import ceil, isfinite, log10
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH = 5.2  # inches of 72 units: 374 px, a phone
+_LONGEST = 22  # characters of a name beside an axis
 _INKS = {"ink": "#0a0b0c", "muted": "#0d0e0f", "accent": "#101112", "grid": "#131415", "bad": "#161718"}
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a $ in a module's name is a $
@@ -23,7 +25,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "lora-pipeline",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
+    "font.size": 10,
     "axes.edgecolor": _INKS["muted"],
     "axes.labelcolor": _INKS["muted"],
     "axes.spines.top": False,
@@ -58,7 +60,8 @@ def heat_map(
     import numpy as np
     from matplotlib.colors import LogNorm, Normalize
 
-    height = 1.35 + min(max(0.17 * len(rows), 0.6), 9)
+    columns = [_short(name) for name in columns]
+    height = 1.2 + min(max(0.17 * len(rows), 0.6), 9) + 0.06 * max(map(len, columns))
     figure, axes = _figure(height)
     table = np.ma.masked_invalid([[np.nan if v is None else v for v in row] for row in values])
     low, high = limits or (float(table.min()), float(table.max()))
@@ -106,7 +109,7 @@ def spreads(weights: Sequence[Spread], label: str) -> str:
             mean, std, at = facts["mean"], facts["std"], row + shift
             axes.plot([facts["min"], facts["max"]], [at, at], color=_INKS[ink], linewidth=1)
             axes.plot([mean - std, mean + std], [at, at], color=_INKS[ink], linewidth=4)
-    axes.set_yticks(range(len(weights)), [weight.name for weight in weights], fontsize=7.5)
+    axes.set_yticks(range(len(weights)), [weight.name for weight in weights], fontsize=8.5)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlabel(label)
@@ -150,12 +153,17 @@ def points(named: Sequence[tuple[str, float, float]], xlabel: str, ylabel: str) 
     return _svg(figure)
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
+
+
 def drawn(name: str, draw: Callable[[], str]) -> str | None:
     """A chart whose ids begin with `name`; None where matplotlib cannot draw here, of whatever reason."""
     try:
         from matplotlib import rc_context
 
-        with rc_context(_STYLE):
+        with rc_context(_STYLE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a name in a script that the font lacks: the browser has it
             svg = draw()
     except Exception:  # a page without a chart beats a lost merge; the page says so
         return None

@@ -69,7 +69,7 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
     return {
         "format": 1,
         "tool": {"lora-pipeline": own_version()},
-        "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
+        "libraries": {name: found for name in _LIBRARIES if (found := library_version(name))},
         "base": asdict(contents.base),
         "adapters": [{**asdict(origin), "weight": weight} for origin, weight in contents.adapters],
         "inputs": [asdict(digest) for digest in contents.inputs],
@@ -146,10 +146,11 @@ def write_json(path: Path, table: Mapping[str, Any]) -> None:
 
 def own_version() -> str:
     """The version of this package; "unknown" in a bare checkout."""
-    return _version("lora-pipeline") or "unknown"
+    return library_version("lora-pipeline") or "unknown"
 
 
-def _version(name: str) -> str | None:
+def library_version(name: str) -> str | None:
+    """The version of an installed package; None where it is not there."""
     try:
         return version(name)
     except PackageNotFoundError:

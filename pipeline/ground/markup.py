@@ -60,6 +60,11 @@ def figure(caption: str, svg: str | None) -> Markup:
     return element("figure", element("figcaption", caption), Markup(named))
 
 
+def section(title: str, *parts: object) -> Markup:
+    """A part of a page under its heading."""
+    return element("section", element("h2", title), *parts)
+
+
 def page(title: str, *parts: Markup) -> str:
     """A whole page, which needs no other file."""
     style = Path(__file__).with_name("page.css").read_text("utf-8")

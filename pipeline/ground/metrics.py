@@ -1,8 +1,8 @@
 """What a merge did to a weight, gathered while its tiles stream past (spec: retained, changed, norms).
 
-Every tile is looked at for its range, for non-finite values and for whether anything changed; the sums
-come from `SAMPLED_ELEMENTS` elements of each of `SAMPLED_TILES` tiles, spread evenly over the weight,
-because taking them all would cost as much as the merge.
+Every tile is looked at for non-finite values and for whether anything changed; sums and ranges come from
+`SAMPLED_ELEMENTS` elements of each of `SAMPLED_TILES` tiles, spread evenly over the weight, because taking
+them all would cost as much as the merge.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Moments(NamedTuple):
     kept: float  # <O - W, D>
     W_least: float
     W_most: float
+    O_least: float
+    O_most: float
 
 
 class TileFacts(NamedTuple):
     """What one tile shows."""
 
-    least: float
-    most: float
     finite: bool
     changed: bool
     moved: bool  # the delta is not all zero
@@ -62,17 +62,17 @@ def tile_facts(stored: Tensor, before: Tensor, rounded: Tensor, delta: Tensor, s
     """Facts of a merged tile: `before` the decoded base, `rounded` the same in the stored dtype."""
     import torch
 
-    least, most = (float(x) for x in stored.aminmax()) if stored.numel() else (inf, -inf)
-    finite = -inf < least <= most < inf or not stored.numel()  # aminmax hands NaN on
+    finite = is_finite(stored)
     changed = not torch.equal(stored, rounded)
     moved = changed or bool(delta.any())
     if not sampled or not stored.numel():
-        return TileFacts(least, most, finite, changed, moved, None)
+        return TileFacts(finite, changed, moved, None)
     rows = max(SAMPLED_ELEMENTS // stored.shape[1], 1)
     stored, before, rounded, delta = (t[:rows] for t in (stored, before, rounded, delta))
     wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
     W, O, D = (t.to(wide).flatten() for t in (before, stored, delta))  # noqa: E741
     W_least, W_most = (float(x) for x in W.aminmax())
+    O_least, O_most = (float(x) for x in O.aminmax())
     moments = Moments(
         elements=stored.numel(),
         changed=int(torch.count_nonzero(stored != rounded)),
@@ -84,13 +84,15 @@ def tile_facts(stored: Tensor, before: Tensor, rounded: Tensor, delta: Tensor, s
         kept=float((O - W).dot(D)),
         W_least=W_least,
         W_most=W_most,
+        O_least=O_least,
+        O_most=O_most,
     )
-    return TileFacts(least, most, finite, changed, moved, moments)
+    return TileFacts(finite, changed, moved, moments)
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """One merged weight. Ranges and flags are of all of it, the rest of the sampled elements."""
+    """One merged weight. Flags are of all of it, the rest of the sampled elements."""
 
     elements: int
     sampled: int
@@ -130,8 +132,8 @@ class Statistics:
                 n,
                 total["O"],
                 total["OO"],
-                min((t.least for t in tiles), default=0.0),
-                max((t.most for t in tiles), default=0.0),
+                min((m.O_least for m in sums), default=0.0),
+                max((m.O_most for m in sums), default=0.0),
             ),
         )
 

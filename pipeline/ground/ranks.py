@@ -60,7 +60,8 @@ def parse_rank(value: Any) -> Rank | None:
         if form == "size":
             return Budget(parse_bytes("rank.size", amount), in_bytes=True)
     raise Refused(
-        f"rank: {value!r} is no rank; write a number, auto, {{energy: 0.95}}, {{parameters: 40M}} or {{size: 80MB}}"
+        f"rank: {value!r} is no rank; write a number, auto, {{energy: 0.95}}, {{parameters: 40M}} or "
+        "{size: 80MB}"
     )
 
 
@@ -102,7 +103,7 @@ def noise_edge(variance: float, m: int, n: int) -> float:
 
 def above(S: Tensor, edge: float) -> int:
     """How many of the falling singular values lie above the edge."""
-    return int((S > edge).sum())
+    return int((edge < S).sum())
 
 
 def for_energy(S: Tensor, total: float, share: float) -> int | None:

@@ -120,6 +120,7 @@ def test_a_base_of_one_file_stays_one_file_without_index(tmp_path: Path) -> None
         "generation_config.json",
         "merge.json",
         "model.safetensors",
+        "report.html",
         "report.json",
     ]
 
@@ -220,7 +221,7 @@ def test_manifest_hashes_what_went_in_and_what_came_out(made: tuple[Path, Path],
         assert inputs[path.name] == sha256(path)
     outputs = {d["name"]: d["sha256"] for d in manifest["outputs"]}
     there = {p.name for p in (tmp_path / "out").iterdir()}
-    assert outputs.keys() == there - {"merge.json", "report.json"}
+    assert outputs.keys() == there - {"merge.json", "report.json", "report.html"}
     assert all(sha256(tmp_path / "out" / name) == digest for name, digest in outputs.items())
     assert str(tmp_path) not in json.dumps(manifest) + (tmp_path / "out" / "report.json").read_text()
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()

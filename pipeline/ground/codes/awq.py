@@ -136,7 +136,7 @@ def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> Code | None
     if {"qzeros", "scales"} <= set(parts):
         qzeros, scales = parts["qzeros"], parts["scales"]
         said = mentioned(settings, "group_size", "q_group_size")
-        flat = len(main.shape) == len(qzeros.shape) == len(scales.shape) == 2
+        flat = 0 not in main.shape and len(main.shape) == len(qzeros.shape) == len(scales.shape) == 2
         if flat and (main.dtype, qzeros.dtype, scales.dtype) in _DTYPES:
             code = _gemm(main, qzeros, scales, said) or (_gemv(main, qzeros, scales, said) if awq else None)
     if code and (strange := sorted(set(parts) - {"qweight", "qzeros", "scales", "bias"})):
@@ -150,7 +150,7 @@ def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> Code | None
 
 def _gemm(qweight: Entry, qzeros: Entry, scales: Entry, said: list[int]) -> Gemm | None:
     (inputs, columns), (groups, outputs) = qweight.shape, scales.shape
-    if qzeros.shape != (groups, columns) or outputs != 8 * columns or not groups or inputs % groups:
+    if qzeros.shape != (groups, columns) or outputs != 8 * columns or inputs % groups:
         return None
     group = inputs // groups
     if said and group not in said and not (groups == 1 and -1 in said):

@@ -99,6 +99,8 @@ def _rank(module: str, target: str) -> int:
 def fitting_grid(shape: tuple[int, ...], scales: tuple[int, ...], scheme: Scheme) -> Grid | None:
     """The grid of scales of this shape for a weight of that one; None if it fits none."""
     outer, rows, columns = matrices(shape)
+    if 0 in shape or 0 in scales:
+        return None
     if scales in ((), (1,)):
         return Grid(outer * rows, 1, 1, outer * rows, columns)
     if len(scales) != len(shape) or scales[:-2] != shape[:-2]:
@@ -110,7 +112,7 @@ def fitting_grid(shape: tuple[int, ...], scales: tuple[int, ...], scheme: Scheme
         height, width = scheme.block
         fits = (down, across) == (-(-rows // height), -(-columns // width))
         return Grid(rows, down, across, height, width) if fits else None
-    if down != rows or not across or columns % across:
+    if down != rows or columns % across:
         return None
     said, width = scheme.arguments.get("group_size"), columns // across
     if isinstance(said, int) and said > 0 and said != width:

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows, read_whole
 from pipeline.ground.codes.compressed_schemes import Scheme, Schemes, fitting_grid
 from pipeline.ground.codes.integers import scaled, unpacked
 from pipeline.ground.codes.parts import Parts, by_module, named, numbers, sibling
-from pipeline.ground.codes.reading import each, matrices, num_bytes, reading, refusal
+from pipeline.ground.codes.reading import each, num_bytes, reading, refusal
 from pipeline.ground.codes.scale_grid import Grid
 from pipeline.ground.shards import Entry
 
@@ -47,8 +48,11 @@ class Integers(Code):
     @property
     def describe(self) -> str:
         kind, grid = "pack" if self.packed else "int", self.grid
-        of = f"{grid.height}x{grid.width} block" if grid.height > 1 else f"group of {grid.width}"
-        of = ("tensor" if grid.down == 1 else "row") if grid.across == 1 and grid.width >= self.shape[-1] else of
+        of = f"{grid.height}x{grid.width} block"
+        if grid.height == 1:
+            of = "row" if grid.across == 1 else f"group of {grid.width}"
+        elif grid.height >= grid.rows and grid.across == 1:
+            of = "tensor"
         return f"compressed-tensors {kind}-quantized {self.bits} bit, a scale per {of}"
 
     @property
@@ -61,15 +65,14 @@ class Integers(Code):
 
     @property
     def state_bytes(self) -> int:
-        lines = self.grid.down * matrices(self.shape)[0]
-        return lines * self.grid.across * (8 if self.zero else 4)
+        return prod(self.scale.shape) * (8 if self.zero else 4)
 
     @contextmanager
     def open(self, device: str) -> Iterator[Rows]:
         import torch
 
-        height, columns = self.shape[-2], self.shape[-1]
-        scales = read_whole(self.scale, device).float().view(-1, self.grid.across)
+        grid, columns = self.grid, self.shape[-1]
+        scales = read_whole(self.scale, device).float().view(-1, grid.across)
         zeros = self._zeros(device)
         width = self.codes.shape[-1] * num_bytes(self.codes)
         with reading(device, self.codes) as (read,):
@@ -80,14 +83,10 @@ class Integers(Code):
                     values = unpacked(raw, self.bits, 2 ** (self.bits - 1))[:, :columns]
                 else:
                     values = raw.view(torch.int8).float()
-                if self.grid.down == height:  # a line of scales for every row
-                    scale, zero = scales[start:stop], None if zeros is None else zeros[start:stop]
-                else:
-                    row = torch.arange(start, stop, device=device)
-                    line = row // height * self.grid.down + row % height // self.grid.height
-                    scale = scales.index_select(0, line)
-                    zero = None if zeros is None else zeros.index_select(0, line)
-                return scaled(values, scale, zero, self.grid.width)
+                row = torch.arange(start, stop, device=device)
+                line = row // grid.rows * grid.down + row % grid.rows // grid.height
+                zero = None if zeros is None else zeros.index_select(0, line)
+                return scaled(values, scales.index_select(0, line), zero, grid.width)
 
             yield rows
 

@@ -5,21 +5,46 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from pipeline.ground.codes import (
+    awq,
+    bnb4,
+    bnb8,
+    compressed_tensors,
+    fp8,
+    gptq,
+    hqq,
+    mx,
+    nvfp4,
+    refused,
+    torchao,
+)
 from pipeline.ground.codes.code import Finder, Found, Quantization
 from pipeline.ground.errors import Refused
 from pipeline.ground.shards import Entry
 
-FINDERS: tuple[Finder, ...] = ()
+FINDERS: tuple[Finder, ...] = (
+    refused.find,
+    bnb4.find,
+    bnb8.find,
+    fp8.find,
+    nvfp4.find,
+    mx.find,
+    compressed_tensors.find,
+    gptq.find,
+    awq.find,
+    hqq.find,
+    torchao.find,
+)
 
 # What only quantized checkpoints hold: left over, it would be a scale that no decoder has used.
 _TRACES = re.compile(
-    r"(.*\.)?(qweight|qzeros|g_idx|scales|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|"
+    r"(.*\.)?(pre_quant_scale|svdquant_lora_\w+|\w+_weight_scale(_2)?|qweight|qzeros|g_idx|scales|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|"
     r"quant_state\.\w+|weight_scale(_inv|_2)?|weight_packed|weight_shape|weight_zero_point|weight_global_scale|"
     r"\w+_blocks|\w+_scales|\w+_scale_inv|qscale_weight|W_q|_weight_qdata|_weight_scale|_weight_zero_point)"
 )
 # Scales of activations, which say nothing of the weights and go with the codes.
 _OF_ACTIVATIONS = re.compile(
-    r"(.*\.)?(input_scale|activation_scale|output_scale|input_global_scale|input_zero_point|output_zero_point|"
+    r"(.*\.)?(qscale_act|\w+_activation_scale|\w+_input_scale|input_scale|activation_scale|output_scale|input_global_scale|input_zero_point|output_zero_point|"
     r"input_activations\.\w+|[kqv]_scale|k_proj\.output_scale|v_proj\.output_scale|kv_cache_scaling_factor)"
 )
 

@@ -39,7 +39,7 @@ def declared(settings: Mapping[str, Any]) -> tuple[int, bool]:
     if "auto-round" in str(settings.get("quant_method")) or packing.startswith("auto_round"):
         plain = packing.startswith("auto_round") and ("gptq" not in packing or "gptqmodel" in packing)
         return (2, False) if plain else (1, False)
-    said = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    said = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
     said = "marlin" if settings.get("is_marlin_format") else said
     if said not in _VERSIONS:
         raise Refused(
@@ -56,8 +56,9 @@ def bits_and_inputs(parts: Parts, planar: bool, settings: Mapping[str, Any]) -> 
     said = mentioned(settings, "bits")
     choices = [b for b in (range(2, 9) if all_bits else (2, 3, 4, 8)) if not said or b in said]
     right = qzeros.dtype == "I32" and scales.dtype in {"F16", "BF16", "F32"}
+    right &= 0 not in (*qweight.shape, *scales.shape)
     right &= "g_idx" not in parts or len(parts["g_idx"].shape) == 1
-    if right and len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2 and scales.shape[0]:
+    if right and len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
         (words, outputs), (groups, columns) = qweight.shape, qzeros.shape
         told = parts["g_idx"].shape[0] if "g_idx" in parts else None
         inputs = {bits: words * 32 // bits if told is None else told for bits in choices}
@@ -87,7 +88,7 @@ def group_size(
                 qweight, f"has {inputs} inputs in {groups} groups, not group_size {said}, and no g_idx"
             )
         return group
-    order = numbers(g_idx) if g_idx.dtype in {"I32", "I64"} else [-1]
+    order = numbers(g_idx)
     if min(order) < 0 or max(order) >= groups:
         raise refusal(g_idx, f"names groups {min(order)} to {max(order)}, but there are {groups}")
     if groups > 1 and max(order) == 0:

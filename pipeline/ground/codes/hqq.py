@@ -134,10 +134,10 @@ def _code(main: Entry, parts: Parts) -> HQQ:
         raise refusal(
             main, f"is HQQ of packing {packing!r} computed in {dtype}, not {', '.join(_PLANES)} in floats"
         )
-    shape, axis = tuple(numbers(parts["shape"])), numbers(parts["axis"])[0]
+    shape, axis = tuple(numbers(parts["shape"])), numbers(parts["axis"])
     total, groups, planes = prod(shape), prod(scale.shape), _PLANES[packing][1]
-    if len(shape) == 2 and min(shape) > 0 and axis in {0, 1} and groups and total % groups == 0:
-        lines = groups if axis else total // groups  # rows of U
+    if len(shape) == 2 and min(shape) > 0 and axis in ([0], [1]) and groups and total % groups == 0:
+        lines = groups if axis[0] else total // groups  # rows of U
         words = -(-lines // planes) * (total // lines)
         if (
             main.extent.length == words * (4 if planes == 10 else 1)
@@ -146,7 +146,7 @@ def _code(main: Entry, parts: Parts) -> HQQ:
             and {scale.dtype, zero.dtype} <= set(_DTYPES.values())
         ):
             told = tuple(e for part, e in parts.items() if part not in {"W_q", "scale", "zero", "bias"})
-            return HQQ(shape, packing, axis, dtype, main, scale, zero, told)
+            return HQQ(shape, packing, axis[0], dtype, main, scale, zero, told)
     raise refusal(main, f"does not fit together as HQQ {packing} of shape {list(shape)}: {named(parts)}")
 
 

@@ -28,9 +28,10 @@ def unpacked(packed: Tensor, bits: int, less: int = 0) -> Tensor:
     fill = -num_bytes % bits
     padded = torch.nn.functional.pad(packed, (0, fill)) if fill else packed
     turns = padded.view(padded.numel() // bits, bits)  # eight codes in `bits` bytes
-    word = turns[:, 0].long()
+    kind = torch.int32 if bits == 3 else torch.int64
+    word = turns[:, 0].to(kind)
     for place in range(1, bits):
-        word |= turns[:, place].long() << 8 * place
+        word |= turns[:, place].to(kind) << 8 * place
     codes = torch.stack([(word >> bits * i & 2**bits - 1).byte() for i in range(8)], 1)
     values = codes.float().sub_(less) if less else codes.float()
     return values.view(num_rows, padded.shape[1] * 8 // bits)[:, : num_bytes * 8 // bits]

@@ -40,7 +40,8 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
             scale, whole = tensors.get(stem + scale_name), tensors[stem + whole_name]
             if scale is None or scale.dtype != "F8_E4M3":
                 has = told(scale) if scale else "no such tensor"
-                raise refusal(packed, f"is NVFP4, but '{stem}{scale_name}' is {has}, not F8_E4M3")
+                what = f"'{stem}{scale_name}' is {has}, not F8_E4M3"
+                raise refusal(packed, f"has '{whole.name}' beside it as NVFP4 has, but {what}")
             if unfolded := [stem + part for part in _UNFOLDED if stem + part in tensors]:
                 raise refusal(packed, f"is NVFP4 that means its weight only together with '{unfolded[0]}'")
             *outer, rows, columns = packed.shape

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.ground.codes.reading import read_small
+from pipeline.ground.codes.reading import read_small, refusal, told
 from pipeline.ground.shards import Entry
 
 Parts = Mapping[str, Entry]  # of one module: qweight, scales, bias
@@ -28,8 +28,10 @@ def sibling(entry: Entry, last: str) -> str:
 
 
 def numbers(entry: Entry) -> list[int]:
-    """The values of a small tensor of integers (U8, I8, I32, I64), flat."""
-    code = {"U8": "B", "I8": "b", "I32": "i", "I64": "q"}[entry.dtype]
+    """The values of a small tensor of integers, flat; Refused if it is none."""
+    code = {"U8": "B", "I8": "b", "I32": "i", "I64": "q"}.get(entry.dtype)
+    if code is None:
+        raise refusal(entry, f"is {told(entry)}, not whole numbers")
     return array(code, read_small(entry)).tolist()
 
 
@@ -39,8 +41,8 @@ def mentioned(settings: Mapping[str, Any], *keys: str) -> list[int]:
     for overrides in (settings.get("dynamic"), settings.get("extra_config")):  # gptqmodel's, AutoRound's
         if isinstance(overrides, Mapping):
             tables += [table for table in overrides.values() if isinstance(table, Mapping)]
-    values = {table.get(key) for table in tables for key in keys}
-    return sorted(value for value in values if isinstance(value, int) and not isinstance(value, bool))
+    values = [table.get(key) for table in tables for key in keys]
+    return sorted({value for value in values if isinstance(value, int) and not isinstance(value, bool)})
 
 
 def named(parts: Parts) -> str:

@@ -136,7 +136,7 @@ def _described(text: str) -> tuple[str, Mapping[str, Any]]:
     """(type, its numbers) of a weight's entry in the metadata; ("", {}) if that is none."""
     try:
         table = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "", {}
     kind, data = (table.get("_type"), table.get("_data")) if isinstance(table, dict) else (None, None)
     return str(kind or ""), data if isinstance(data, dict) else {}
@@ -145,6 +145,8 @@ def _described(text: str) -> tuple[str, Mapping[str, Any]]:
 def _blocks(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
     """The block of each scale, () if scales of this shape do not cut the weight evenly."""
     scales = (1,) * len(shape) if prod(scales) == 1 else scales
-    if len(scales) != len(shape) or any(n == 0 or size % n for size, n in zip(shape, scales, strict=True)):
+    if len(scales) != len(shape) or any(
+        0 in (n, size) or size % n for size, n in zip(shape, scales, strict=True)
+    ):
         return ()
     return tuple(size // n for size, n in zip(shape, scales, strict=True))

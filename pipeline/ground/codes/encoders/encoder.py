@@ -99,7 +99,7 @@ class Encoder(ABC):
     def finish(self, sides: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         """All parts but the first by name, from the sides of all rows in order; on the CPU."""
 
-    def step(self, values: Tensor, start: int) -> Tensor:
+    def step(self, values: Tensor, encoded: Encoded, start: int) -> Tensor:
         """The distance between neighbouring codes at these values, for encoders that round by chance."""
         raise NotImplementedError
 

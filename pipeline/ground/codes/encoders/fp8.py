@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.ground.codes.code import read_whole
 from pipeline.ground.codes.encoders.encoder import Encode, Encoded, Encoder, Part
-from pipeline.ground.codes.fp8 import Fp8, Grid, decode
+from pipeline.ground.codes.fp8 import Fp8, decode
 from pipeline.ground.codes.reading import Bytes, matrices, num_bytes, reading
-from pipeline.ground.codes.small_floats import E8M0, byte_values, floats, looked_up
+from pipeline.ground.codes.scale_grid import Grid
+from pipeline.ground.codes.small_floats import E8M0, byte_values, floats
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.rounding import round_by_chance, ulp
 
@@ -63,12 +64,12 @@ class Fp8Encoder(Encoder):
         if self._shared or self.grid.height == 1:
             return 1
         alone = matrices(self.shape)[0] == 1 or self.grid.rows % self.grid.height == 0
-        return self.grid.height if alone else self.grid.rows
+        return min(self.grid.height, self.grid.rows) if alone else self.grid.rows
 
     @property
     def _shared(self) -> bool:
-        """Whether one line of scales holds for a whole matrix, so that no tile can change it."""
-        return self.grid.height >= self.grid.rows
+        """Whether a kept line of scales holds for a whole matrix, so that no tile can change it."""
+        return self.way is Way.kept and self.grid.height >= self.grid.rows
 
     @contextmanager
     def open(self, device: str) -> Iterator[Encode]:
@@ -79,12 +80,10 @@ class Fp8Encoder(Encoder):
 
             def encode(rows: Tensor, start: int, stream: int | None) -> Encoded:
                 lines = self._kept(rows, start, kept) if kept else self._found(rows)
-                values = _over(rows.float(), self._by_row(lines, start, len(rows)), self.grid.width)
-                if self.way is Way.transformers:
-                    values = _times(rows.float(), self._by_row(lines, start, len(rows)), self.grid.width)
-                    lines = 1.0 / lines
-                limit = self._limit
-                values.clamp_(-limit, limit)
+                inverse = self.way is Way.transformers
+                values = _scaled(rows.float(), self._by_row(lines, start, len(rows)), self.grid.width, inverse)
+                lines = 1.0 / lines if inverse else lines
+                values.clamp_(-self._limit, self._limit)
                 if stream is None:
                     codes = values.to(torch_dtype(self.dtype))
                 else:
@@ -121,8 +120,8 @@ class Fp8Encoder(Encoder):
             over = self._amax(rows) / self._limit
             if self.base.scale.dtype in E8M0:
                 over = torch.exp2(torch.ceil(torch.log2(over)))
-            half_a_step = 1 + torch.finfo(torch_dtype(self.dtype)).eps / 2
-            scale = torch.where(over > scale * half_a_step, over, scale)
+            edge = ulp(torch.tensor(self._limit), self.dtype).item() / 2  # beyond it nothing rounds back
+            scale = torch.where(over > scale * (1 + edge / self._limit), over, scale)
         return torch.where(scale > 0, scale, 1.0)
 
     def _amax(self, rows: Tensor) -> Tensor:
@@ -185,20 +184,21 @@ class Fp8Encoder(Encoder):
 
     def step(self, values: Tensor, encoded: Encoded, start: int) -> Tensor:
         scales = self._scales(encoded, start).double()
-        inner = _over(values.double(), scales, self.grid.width)
-        return _times(ulp(inner.clamp_(-self._limit, self._limit), self.dtype), scales, self.grid.width)
+        inner = _scaled(values.double(), scales, self.grid.width, False)
+        units = ulp(inner.clamp_(-self._limit, self._limit), self.dtype)
+        return _scaled(units, scales, self.grid.width, True)
 
 
-def _over(values: Tensor, scales: Tensor, width: int) -> Tensor:
-    """Values `(rows, columns)`, every `width` of a row over a scale `(rows or 1, groups)`."""
-    return values / _across(scales, width, values.shape[1])
+def _scaled(values: Tensor, scales: Tensor, width: int, times: bool) -> Tensor:
+    """Values `(rows, columns)`, every `width` of a row times or over a scale `(rows or 1, groups)`."""
+    import torch
 
-
-def _times(values: Tensor, scales: Tensor, width: int) -> Tensor:
-    return values * _across(scales, width, values.shape[1])
-
-
-def _across(scales: Tensor, width: int, columns: int) -> Tensor:
-    if scales.shape[1] == 1 or width == 1:
-        return scales
-    return scales.repeat_interleave(width, 1)[:, :columns]
+    made, whole = torch.empty_like(values), values.shape[1] // width
+    operation = torch.mul if times else torch.div
+    if whole:
+        cut = values[:, : whole * width].unflatten(1, (whole, width))
+        out = made[:, : whole * width].unflatten(1, (whole, width))
+        operation(cut, scales[:, :whole, None], out=out)
+    if values.shape[1] > whole * width:
+        operation(values[:, whole * width :], scales[:, whole:], out=made[:, whole * width :])
+    return made

@@ -1,0 +1,127 @@
+"""What becomes of each changed parameter: low rank, saved whole, or a reason to stop."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from pipeline.extraction.differences import Change
+from pipeline.extraction.pairs import Pair
+from pipeline.extraction.parameters import Parameter
+from pipeline.ground.errors import Refused
+from pipeline.ground.model_modules import Kind
+from pipeline.ground.names import nearest
+from pipeline.ground.report import Finding
+
+
+class Rest(Enum):
+    """What to do with a changed weight that is neither targeted nor saved."""
+
+    refuse = "refuse"
+    skip = "skip"
+    save = "save"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What an adapter will hold."""
+
+    lora: tuple[Parameter, ...]
+    saved: tuple[Parameter, ...]  # all parameters of modules that are saved whole
+    biases: tuple[Parameter, ...]  # of modules with LoRA
+    findings: tuple[Finding, ...] = ()
+
+
+def choose(
+    parameters: Sequence[Parameter],
+    changes: Mapping[str, Change] | None,
+    targeted: Sequence[str] | None,
+    saved: Sequence[str] | None,
+    rest: Rest,
+) -> Chosen:
+    """Sorts the changed ones; Refused, with every reason. Without `changes` all count as changed."""
+    last = {parameter.module.rpartition(".")[2] for parameter in parameters}
+    wrong = [
+        f"{key}: '{pattern}' matches no module{nearest(pattern, last)}"
+        for key, patterns in (("targeted_modules", targeted), ("saved_modules", saved))
+        for pattern in patterns or ()
+        if not any(parameter.is_meant([pattern]) for parameter in parameters)
+    ]
+    modules: defaultdict[str, list[Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        modules[parameter.module].append(parameter)
+    lora: list[Parameter] = []
+    whole: list[Parameter] = []
+    biases: list[Parameter] = []
+    left: list[Parameter] = []
+    findings: list[Finding] = []
+    for module, held in modules.items():
+        changed = [p for p in held if changes is None or p.change(changes).changed]
+        if not changed:
+            continue
+        to_save = [p for p in changed if p.is_meant(saved or ())]
+        to_target = [p for p in changed if (p.takes_lora if targeted is None else p.is_meant(targeted))]
+        if both := [p for p in to_target if p in to_save and targeted is not None]:
+            wrong.append(f"saved_modules: {both[0].module} is meant by targeted_modules too; leave it in one")
+            continue
+        matrices = [p for p in to_target if p.takes_lora and p not in to_save]
+        vectors = [p for p in changed if p not in matrices]
+        bias_only = bool(matrices) and all(p.place.parameter == "bias" for p in vectors)
+        bare = bool(matrices) and all(p.place.kind is Kind.parameter for p in matrices)
+        if to_save or (to_target and not matrices) or (targeted is None and not matrices and _grew(changed)):
+            whole += held
+        elif matrices and (not vectors or (bias_only and not bare)):
+            lora += matrices
+            biases += [p for p in held if p.place.parameter == "bias" and not bare]
+        elif matrices:
+            wrong.append(
+                f"finetune: {vectors[0].name} changed beside a matrix of {module}, which no LoRA holds; "
+                f"add {module} to saved_modules"
+            )
+        elif rest is Rest.save:
+            whole += held
+        else:
+            left += changed
+    if left and rest is Rest.refuse:
+        wrong.append(_unmeant(left, changes))
+    elif left:
+        findings.append(Finding(f"{_unmeant(left, changes, ends=False)}; left out by extract.rest=skip"))
+    if wrong:
+        raise Refused(*wrong)
+    if not any(p.change(changes).changed for p in biases) if changes is not None else True:
+        biases = []
+    if not lora and not whole:
+        raise Refused("targeted_modules: none of what is meant changed; there is nothing to extract")
+    grown = [p for p in whole if any(pair.resized for pair in p.pairs)]
+    if grown:
+        pair = grown[0].pairs[0]
+        rows = f"{pair.tuned.shape[0]} rows, the base's {pair.base.shape[0]}"
+        findings.append(Finding(f"{grown[0].name} has {rows}: it is saved whole"))
+    return Chosen(tuple(lora), tuple(whole), tuple(biases), tuple(findings))
+
+
+def _grew(changed: Iterable[Parameter]) -> bool:
+    return any(pair.resized for parameter in changed for pair in parameter.pairs)
+
+
+def _unmeant(left: Sequence[Parameter], changes: Mapping[str, Change] | None, ends: bool = True) -> str:
+    first = left[0]
+    much = ""
+    if changes is not None:
+        first = max(left, key=lambda p: min(p.change(changes).relative, 1e9))
+        much = f" by {first.change(changes).relative:.2g} of its norm"
+    told = f"finetune: {first.name} changed{much}, but neither targeted_modules nor saved_modules means it"
+    told += f" ({len(left)} such weights)" if len(left) > 1 else ""
+    return told + ("; name it in one of them, or set extract.rest=save or skip" if ends else "")
+
+
+def without_place(homeless: Sequence[Pair], changes: Mapping[str, Change]) -> list[Finding]:
+    """Weights that changed though no model in memory has them: PEFT cannot hold them."""
+    changed = [pair.name for pair in homeless if changes[pair.name].changed]
+    if not changed:
+        return []
+    return [
+        Finding(f"{changed[0]} changed, but transformers' model has no such weight ({len(changed)} left out)")
+    ]

@@ -1,0 +1,223 @@
+"""Differences turned into factors, one matrix after the other, and put on disk as they come.
+
+As many matrices as there are workers are in memory, each computed on one thread, so that no bit depends
+on how many there are; while one is decomposed another is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.extraction.parameters import Parameter, Slice
+from pipeline.ground.dtypes import DENSE_FLOATS
+from pipeline.ground.errors import Refused
+from pipeline.ground.lowrank import LowRank, Method, low_rank
+from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
+from pipeline.ground.progress import Progress
+from pipeline.ground.ranks import (
+    Budget,
+    Energy,
+    NoiseEdge,
+    Rank,
+    above,
+    by_pattern,
+    fitted,
+    for_energy,
+    noise_edge,
+)
+from pipeline.ground.rounding import ulp
+from pipeline.ground.spool import Kept, Spool
+from pipeline.weight import Merged, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NOISE_TILES = 8  # of each matrix, from which its rounding noise is taken
+_FIRST_RANK = 32  # that is tried where the noise decides
+BUDGET_MOST = 256  # rank of a module under a budget, where max_rank does not say
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many triples are kept."""
+
+    rank: Rank
+    pattern: Mapping[str, int]
+    max_rank: int | None = None
+    multiple_of: int = 1
+    method: Method = Method.auto
+    seed: int = 0
+
+    def most(self, parameter: Parameter) -> int:
+        """The largest rank that this parameter may get."""
+        smaller = min(parameter.matrix)
+        most = min(smaller, self.max_rank) if self.max_rank else smaller
+        fixed = self.fixed(parameter)
+        if fixed is not None:
+            return fitted(fixed, most, self.multiple_of)
+        if isinstance(self.rank, Budget) and self.max_rank is None:
+            return min(most, BUDGET_MOST)
+        return most
+
+    def fixed(self, parameter: Parameter) -> int | None:
+        """The rank that the recipe gives it as a number."""
+        own = by_pattern(parameter.rank_name, self.pattern) or by_pattern(parameter.module, self.pattern)
+        if own is not None:
+            return int(own)
+        return self.rank if isinstance(self.rank, int) else None
+
+    def check(self, parameters: Sequence[Parameter]) -> None:
+        """Refused for a rank that a matrix does not have, and for noise that is not known."""
+        for parameter in parameters:
+            fixed, smaller = self.fixed(parameter), min(parameter.matrix)
+            if fixed is not None and min(fixed, self.max_rank or fixed) > smaller:
+                rows, columns = parameter.matrix
+                raise Refused(
+                    f"rank: {fixed} is more than {parameter.name} ({rows} x {columns}) has; give at most "
+                    f"{smaller}, or rank_pattern with a smaller one for it"
+                )
+            if fixed is None and isinstance(self.rank, NoiseEdge):
+                for pair in parameter.pairs:
+                    if rounding_of(pair.tuned) is None:
+                        raise Refused(
+                            f"rank: auto needs the rounding noise of the fine-tune, but {pair.name} is stored "
+                            f"as {pair.tuned.stored_as}; give a number or {{energy: 0.95}}"
+                        )
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """One matrix: its factors on disk, and what they are worth."""
+
+    left: Kept  # (rank, rows): (U sqrt S).T
+    right: Kept  # (rank, columns): SVt / sqrt S
+    S: tuple[float, ...]
+    energy: float  # ||D||^2
+    edge: float  # largest singular value of rounding noise; 0 where that is not known
+
+    def captured(self, rank: int) -> float:
+        """The share of ||D||^2 that the first `rank` triples hold."""
+        return sum(s * s for s in self.S[:rank]) / self.energy if self.energy else 1.0
+
+
+class _Result(NamedTuple):
+    number: int
+    left: Tensor
+    right: Tensor
+    S: Tensor
+    energy: float
+    edge: float
+    num_bytes: int
+
+
+def rounding_of(weight: Weight) -> str | None:
+    """The dtype to which a fine-tune's weight was rounded; None where that is not known."""
+    if isinstance(weight, Merged):
+        return "F64"  # not rounded yet
+    return weight.stored_as if weight.stored_as in DENSE_FLOATS else None
+
+
+def decompose(
+    parameters: Sequence[Parameter], rule: Rule, device: str, workers: int, spool: Spool
+) -> list[list[Decomposed]]:
+    """For each parameter its matrices decomposed, to as many triples as the rule may keep."""
+    keep_freed_memory()
+    jobs = [(n, slices) for n, p in enumerate(parameters) for slices in p.matrices]
+    found: list[list[Decomposed]] = [[] for _ in parameters]
+    total = sum(s.pair.tuned.num_columns * (s.stop - s.start) * 4 for _, slices in jobs for s in slices)
+    tasks = (partial(_decompose, number, parameters[number], slices, rule, device) for number, slices in jobs)
+    with (
+        plain_arithmetic(),
+        Progress("extracting", total) as bar,
+        in_order(tasks, workers, workers) as done,
+    ):
+        for result in done:
+            S = tuple(result.S.double().tolist())
+            left, right = spool.keep(result.left), spool.keep(result.right)
+            found[result.number].append(Decomposed(left, right, S, result.energy, result.edge))
+            bar.advance(result.num_bytes)
+    return found
+
+
+def _decompose(
+    number: int, parameter: Parameter, slices: Sequence[Slice], rule: Rule, device: str
+) -> _Result:
+    D, variance = difference(slices, device)
+    num_bytes = D.numel() * 4
+    D = D.view(parameter.matrix)
+    energy = float(D.double().square().sum()) if D.numel() < 1 << 22 else float(_energy(D))
+    edge = noise_edge(variance, *D.shape) if variance is not None else 0.0
+    low = _leading(D, parameter, rule, energy, edge)
+    root = low.S.clamp_min(0).sqrt()[:, None]
+    safe = root.masked_fill(root == 0, 1)
+    return _Result(
+        number,
+        (low.U.T * root).float().cpu().contiguous(),
+        (low.SVt / safe).float().cpu().contiguous(),
+        low.S.float().cpu(),
+        energy,
+        edge,
+        num_bytes,
+    )
+
+
+def _energy(D: Tensor) -> float:
+    return sum(float(part.flatten().dot(part.flatten())) for part in D.split(max((1 << 20) // D.shape[1], 1)))
+
+
+def _leading(D: Tensor, parameter: Parameter, rule: Rule, energy: float, edge: float) -> LowRank:
+    """The triples that the rule keeps, or may keep where a budget decides later."""
+    most, kept = rule.most(parameter), rule.multiple_of
+    if rule.fixed(parameter) is not None or isinstance(rule.rank, Budget):
+        return low_rank(D, most, rule.seed, rule.method)
+    if isinstance(rule.rank, Energy):
+        low = low_rank(D, most, rule.seed, rule.method)
+        return low.first(fitted(for_energy(low.S, energy, rule.rank.share) or most, most, kept))
+    tried = min(_FIRST_RANK, most)
+    while True:
+        low = low_rank(D, tried, rule.seed, rule.method)
+        count = above(low.S, edge)
+        if count < tried or tried == most:
+            return low.first(fitted(count, most, kept) if count else 0)
+        tried = min(4 * tried, most)
+
+
+def difference(slices: Sequence[Slice], device: str) -> tuple[Tensor, float | None]:
+    """(rows, columns) tuned - base in float32, and the variance of the tuned values' rounding errors."""
+    import torch
+
+    rows = sum(s.stop - s.start for s in slices)
+    D = torch.empty(rows, slices[0].pair.tuned.num_columns, device=device)
+    noise: list[float] | None = []
+    at = 0
+    for part in slices:
+        dtype = rounding_of(part.pair.tuned)
+        grid = list(part.pair.grid(part.start, part.stop))
+        with part.pair.open(device) as tiles:
+            for number, (start, stop) in enumerate(grid):
+                _, tuned, delta = tiles(start, stop)
+                low, high = max(start, part.start), min(stop, part.stop)
+                D[at : at + high - low] = delta[low - start : high - start]
+                at += high - low
+                if dtype is None:
+                    noise = None
+                elif noise is not None and number % -(-len(grid) // _NOISE_TILES) == 0:
+                    noise.append(float((ulp(tuned, dtype).square() / 12).mean()))
+    variance = sum(noise) / len(noise) if noise else None
+    if any(isinstance(part.pair.tuned, Merged) for part in slices):
+        variance = float(_energy(D)) / max(D.numel(), 1) * 2.0**-40  # float32 sums are off by about that
+    return D, variance
+
+
+def workers_for(parameters: Sequence[Parameter], most: int, free: int) -> int:
+    """How many matrices may be in memory at once."""
+    needed = max((_bytes_needed(p) for p in parameters), default=1)
+    return max(1, min(most, free // max(needed, 1)))
+
+
+def _bytes_needed(parameter: Parameter) -> int:
+    m, n = sorted(parameter.matrix)
+    return 4 * (2 * m * n + 4 * m * m)
