@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.ground.errors import Refused
 
-_PATH_KEYS = ("base_model", "adapter", "output", "report", "recipe")
+_PATH_KEYS = ("base_model", "adapter", "finetune", "output", "report", "recipe")
 _FLAGS = re.compile(  # Hydra's own
     r"-m|--multirun|-c|--cfg|-p|--package|--resolve|--run|-r|--info|-i|--hydra-help|--shell-completion|-sc|"
     r"--config-path|-cp|--config-name|-cn|--config-dir|-cd|--experimental-rerun"

@@ -37,10 +37,10 @@ def bind(base: Checkpoint[Weight], adapter: Adapter, factor: float, renames: Map
     names = Names({weight.name: weight.shape for weight in base.weights}, renames)
     together, wrong = Bound(), list(_unused_renames(adapter, renames))
     for number, part in enumerate(adapter.parts):
-        bound = Bound()
+        bound, now = Bound(), dict(weights)
         for delta in part.deltas:
             try:
-                _bind(base.config.model_type, weights, names, part, delta, bound)
+                _bind(base.config.model_type, now, names, part, delta, bound)
             except Refused as refusal:
                 wrong += refusal.sentences
         every = [piece.delta for pieces in bound.placed.values() for piece in pieces]
@@ -54,14 +54,21 @@ def bind(base: Checkpoint[Weight], adapter: Adapter, factor: float, renames: Map
             if reason := _conflict(weights[name], [*others, *own], len(others)):
                 wrong.append(f"adapter: {reason}")
             together.placed[name] = [*others, *own]
-        if twice := [n for n in bound.whole if n in together.placed and together.placed[n][0].part != number]:
+        if bound.whole and factor * part.weight != 1:
             wrong.append(
-                f"adapter: one holds {twice[0]} whole and another changes it, whose order would matter"
+                f"adapter: holds {min(bound.whole)} whole, in a size of its own; it cannot be taken "
+                f"{factor * part.weight:g} times"
             )
         if both := bound.whole.keys() & together.whole.keys():
             wrong.append(f"adapter: two hold {min(both)} whole; only one can take its place")
         together.whole |= bound.whole
         together.homeless += bound.homeless
+        others = {name for name, placed in together.placed.items() if {p.part for p in placed} - {number}}
+        changed = {name for name, placed in bound.placed.items() if placed}
+        if twice := (bound.whole.keys() & others) | ((together.whole.keys() - bound.whole.keys()) & changed):
+            wrong.append(
+                f"adapter: one holds {min(twice)} whole and another changes it, whose order would matter"
+            )
     if wrong:
         raise Refused(*wrong)
     return together
@@ -76,12 +83,13 @@ def _unused_renames(adapter: Adapter, renames: Mapping[str, str]) -> Iterator[st
 
 def _bind(
     model_type: str | None,
-    weights: Mapping[str, Weight],
+    weights: dict[str, Weight],
     names: Names,
     part: Part,
     delta: Delta,
     bound: Bound,
 ) -> None:
+    """Places one delta; what is held whole stands in `weights` for those that come after it."""
     sites = _sites(names, delta)
     if not sites:
         without = delta.parameter == "bias" and names.find(delta.module, "weight")
@@ -90,7 +98,7 @@ def _bind(
         if not without:
             bound.homeless.append(delta)
     elif isinstance(delta, Saved) and (whole := _whole(weights[sites[0].weight], delta)):
-        bound.whole[whole.name] = whole
+        bound.whole[whole.name] = weights[whole.name] = whole
     else:
         for name, piece in _pieces(model_type, weights, delta, sites, part):
             bound.placed[name].append(piece)

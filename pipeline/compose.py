@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.names import nearest
+from pipeline.ground.ranks import parse_pattern, parse_rank
 from pipeline.ground.units import parse_bytes
 from pipeline.stage import CHOICES, SLOTS, STAGES, Chosen, Pipeline, Save, Stage
 from pipeline.tying import Tied
@@ -42,12 +43,24 @@ class Root:
     """folder or hub id of a PEFT adapter; or a list of them, each a path or {path, weight}"""
     output: str | None = None
     """folder to create"""
+    finetune: str | None = None
+    """the fine-tuned checkpoint to extract an adapter from: folder, GGUF file, or hub id"""
     targeted_modules: Any = None
     """modules the adapter may change: a list, or {filter: "a, b"}; names, globs or re:patterns"""
-    rank: int | None = None
-    """rank that the adapter must have"""
+    saved_modules: Any = None
+    """modules kept whole in an extracted adapter, in the same forms"""
+    rank: Any = None
+    """rank the adapter must have, or gets: a number, auto, {energy: .95}, {parameters: 40M}, {size: 80MB}"""
+    max_rank: int | None = None
+    """largest rank of a module in an extracted adapter"""
+    multiple_of: int = 1
+    """ranks of an extracted adapter are a multiple of this"""
+    rank_pattern: Any = None
+    """ranks of some modules of an extracted adapter, {name: rank}"""
     alpha: float | None = None
-    """alpha that the adapter must have"""
+    """alpha the adapter must have, or gets; of an extracted one by default its rank"""
+    alpha_pattern: Any = None
+    """alphas of some modules of an extracted adapter, {name: alpha}"""
     merge_dtype: FloatDtype = FloatDtype.float32
     """dtype in which W + delta is computed"""
     device: str = "auto"
@@ -119,7 +132,7 @@ def build(cfg: DictConfig) -> Pipeline:
             wrong += refusal.sentences
     if wrong:
         raise Refused(*wrong)
-    shared = _root_values(cfg, stages["save"])
+    shared = _root_values(cfg, stages["save"], stages["extract"])
     built: dict[str, Any] = {}
     for slot, cls in stages.items():
         try:
@@ -165,12 +178,12 @@ def _own_values(slot: str, cls: type[Stage], cfg: DictConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in own}
 
 
-def _root_values(cfg: DictConfig, save: type[Stage]) -> dict[str, Any]:
+def _root_values(cfg: DictConfig, save: type[Stage], extract: type[Stage]) -> dict[str, Any]:
     """The root keys as the stages take them, every way of writing a value brought to one."""
     assert issubclass(save, Save)
     wanted = {
         "base_model": "a folder, a GGUF file or a hub id",
-        "adapter": "the folder or hub id of an adapter",
+        **({} if cfg.finetune else {"adapter": "the folder or hub id of an adapter"}),
     }
     if save.needs_output:
         wanted["output"] = "the folder to create" if save.writes else "the merged model's folder"
@@ -179,11 +192,19 @@ def _root_values(cfg: DictConfig, save: type[Stage]) -> dict[str, Any]:
     ]
     if missing:
         raise Refused(*missing)
+    _check_finetune(cfg, extract)
     values = {key: cfg[key] for key in ROOT_KEYS}
-    values["adapter"] = _adapters(cfg.adapter)
+    values["adapter"] = _adapters(cfg.adapter) if cfg.adapter else ()
     values["names"] = _renames(cfg.names)
     values["output"] = _output(cfg.output or ".")
-    values["targeted_modules"] = _module_list("targeted_modules", cfg.targeted_modules)
+    for key in ("targeted_modules", "saved_modules"):
+        values[key] = _module_list(key, cfg[key])
+    values["rank"] = parse_rank(_plain(cfg.rank))
+    for key in ("rank_pattern", "alpha_pattern"):
+        values[key] = parse_pattern(key, _plain(cfg[key]), whole=key == "rank_pattern")
+    for key in ("max_rank", "multiple_of"):
+        if cfg[key] is not None and cfg[key] < 1:
+            raise Refused(f"{key}: {cfg[key]} is not a whole number of at least 1")
     if cfg.memory_limit is not None:
         values["memory_limit"] = parse_bytes("memory_limit", cfg.memory_limit)
     return values
@@ -210,6 +231,18 @@ def _output(value: str) -> Path:
     if path.startswith("~"):
         raise Refused(f"output: '{value}' names no user's home; write ./{value} for a folder called so")
     return Path(path)
+
+
+def _check_finetune(cfg: DictConfig, extract: type[Stage]) -> None:
+    if cfg.finetune and cfg.adapter:
+        raise Refused("finetune: an adapter is given too; give one of them")
+    if cfg.finetune and "finetune" not in {f.name for f in fields(extract)}:
+        name = next(name for name, cls in STAGES["extract"].items() if cls is extract)
+        raise Refused(f"finetune: extract={name} reads an adapter; extract=svd makes one of a fine-tune")
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _renames(value: Any) -> dict[str, str]:
@@ -251,7 +284,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
             continue
         elif key == "adapter" and isinstance(value, list):
             found[str(key)] = [_published(item) for item in value]
-        elif key in ("base_model", "adapter") and os.path.exists(os.path.expanduser(str(value))):  # noqa: PTH110, PTH111
+        elif key in ("base_model", "adapter", "finetune") and os.path.exists(os.path.expanduser(str(value))):  # noqa: PTH110, PTH111
             found[str(key)] = Path(str(value)).name
         else:
             found[str(key)] = value.value if isinstance(value, Enum) else value

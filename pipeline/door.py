@@ -91,7 +91,7 @@ def _judge(report: Report, request: Request, stands_at: Path) -> None:
             if stands_at == rejected(request.pipeline.save.output)
             else ""
         )
-        gate = failed[0]
+        gate, cause = failed[0], f"; likely cause: {report.causes[0]}" if report.causes else ""
         raise PipelineError(
-            f"verification refused the result: {gate.name}: {gate.seen}, wanted {gate.wanted}{aside}"
+            f"verification refused the result: {gate.name}: {gate.seen}, wanted {gate.wanted}{cause}{aside}"
         )

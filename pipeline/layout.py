@@ -2,66 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from pipeline.combined import Combined
 from pipeline.contents import contents
-from pipeline.ground import dtypes, tiles
+from pipeline.ground import dtypes
 from pipeline.ground.manifest import published
-from pipeline.ground.report import Action, Plan, PlannedWeight, unique
-from pipeline.ground.shards import SINGLE, Shard, Slot, lay_out
-from pipeline.weight import Adapter, Checkpoint, FromAdapter, Merged, Part, ShardLayout, Weight
+from pipeline.ground.report import Plan, unique
+from pipeline.ground.shards import SINGLE, Entry, Shard, Slot, lay_out
+from pipeline.place import Form, FormOf, Place, parts_of
+from pipeline.weight import Adapter, Checkpoint, Merged, Part, ShardLayout, Weight
 
 _LARGEST_SHARD = 50 * 10**9  # bytes, where neither base nor recipe says; what transformers 5 does
-
-StoredDtype = Callable[[Weight], str]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A weight, and the bytes of a shard that it will fill."""
-
-    weight: Weight
-    slot: Slot
-
-    @property
-    def action(self) -> Action:
-        if isinstance(self.weight, Merged):
-            return Action.merged
-        if isinstance(self.weight, FromAdapter):
-            return Action.saved
-        if self.weight.source is None:
-            return Action.decoded
-        return Action.copied if self.slot.dtype == self.weight.dtype else Action.cast
-
-    @property
-    def grid(self) -> list[tuple[int, int]]:
-        """The row ranges in which it is computed."""
-        return list(tiles.grid(self.weight.num_rows, self.weight.num_columns, self.weight.grain))
-
-    def planned(self) -> PlannedWeight:
-        """This weight for the plan."""
-        return PlannedWeight(
-            name=self.slot.name,
-            shape=self.slot.shape,
-            dtype=self.slot.dtype,
-            num_bytes=self.slot.length,
-            action=self.action,
-            source=self.weight.stored_as,
-            deltas=_deltas(self.weight),
-        )
-
-
-def _deltas(weight: Weight) -> tuple[str, ...]:
-    if isinstance(weight, FromAdapter):
-        return ("saved whole",)
-    if isinstance(weight, Merged):
-        return (*_deltas(weight.base), *(placed.describe() for placed in weight.placed))
-    return ()
-
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
@@ -71,22 +26,40 @@ class PlannedShard:
     header: bytes
     places: tuple[Place, ...]
     original: Shard | None
+    metadata: Mapping[str, str]
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Its tensors, in the order of their bytes."""
+        return sorted((s for place in self.places for s in place.slots), key=lambda s: (s.late, s.offset))
 
     @property
     def size(self) -> int:
-        return len(self.header) + sum(place.slot.length for place in self.places)
+        """Bytes of the file; the most it may have where it has a late tensor."""
+        return len(self.header) + sum(slot.length for place in self.places for slot in place.slots)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether its bytes are made in the order in which they lie."""
+        return all(isinstance(place.form, str) for place in self.places)
+
+    def final_header(self, lengths: Mapping[str, int]) -> bytes:
+        """The header once the bytes of the late tensors are known, as long as the one that was planned."""
+        tensors = [(s.name, s.dtype, (lengths[s.name],) if s.late else s.shape) for s in self.slots]
+        return lay_out(tensors, self.metadata, room=len(self.header))[0]
 
 
 def plan_shards(
-    checkpoint: Checkpoint[Weight], dtype: StoredDtype, max_shard_size: int | None
+    checkpoint: Checkpoint[Weight], form: FormOf, max_shard_size: int | None
 ) -> tuple[PlannedShard, ...]:
     """The shards of the output: the base's own, or groups of at most `max_shard_size` bytes."""
     weights = {weight.name: weight for weight in checkpoint.weights}
+    forms = {name: form(weight) for name, weight in weights.items()}
     shards: Iterable[ShardLayout] = checkpoint.shards
     if max_shard_size or not checkpoint.shards:
-        shards = _grouped(checkpoint.weights, dtype, max_shard_size or _LARGEST_SHARD)
-    planned = tuple(_plan_shard(shard, weights, dtype) for shard in _complete(list(shards), weights))
-    assert sorted(p.slot.name for shard in planned for p in shard.places) == sorted(weights)
+        shards = _grouped(checkpoint.weights, forms, max_shard_size or _LARGEST_SHARD)
+    planned = tuple(_plan_shard(shard, weights, forms) for shard in _complete(list(shards), weights))
+    assert sorted(p.weight.name for shard in planned for p in shard.places) == sorted(weights)
     return planned
 
 
@@ -100,26 +73,36 @@ def _complete(shards: list[ShardLayout], weights: Mapping[str, Weight]) -> list[
     return [shard for shard in kept if shard.weights]
 
 
-def _plan_shard(shard: ShardLayout, weights: Mapping[str, Weight], dtype: StoredDtype) -> PlannedShard:
-    tensors = [(name, dtype(weights[name]), weights[name].shape) for name in shard.weights]
-    original = shard.original
-    if original and tensors == [(e.name, e.dtype, e.shape) for e in original.entries]:
+def _plan_shard(shard: ShardLayout, weights: Mapping[str, Weight], forms: Mapping[str, Form]) -> PlannedShard:
+    parts = {name: parts_of(weights[name], forms[name]) for name in shard.weights}
+    tensors = sorted((part for some in parts.values() for part in some), key=lambda part: part.late)
+    told, original = [(part.name, part.dtype, part.shape) for part in tensors], shard.original
+    metadata = {"format": "pt"} | (dict(original.metadata) if original else {})
+    if original and not any(part.late for part in tensors) and _same(told, original.entries):
         header = original.header
-        slots = tuple(
-            Slot(e.name, e.dtype, e.shape, e.extent.offset, e.extent.length) for e in original.entries
-        )
+        slots = [Slot(e.name, e.dtype, e.shape, e.extent.offset, e.extent.length) for e in original.entries]
     else:
-        metadata = {"format": "pt"} | (dict(original.metadata) if original else {})
-        header, slots = lay_out(tensors, metadata)
-        original = None
-    return PlannedShard(shard.name, header, tuple(Place(weights[s.name], s) for s in slots), original)
+        header, found = lay_out(told, metadata)
+        late = {part.name for part in tensors if part.late}
+        slots, original = [replace(slot, late=slot.name in late) for slot in found], None
+    at = {slot.name: number for number, slot in enumerate(slots)}
+    places = []
+    for name in sorted(shard.weights, key=lambda name: at[parts[name][0].name]):
+        first, *others = (slots[at[part.name]] for part in parts[name])
+        places.append(Place(weights[name], forms[name], first, tuple(others)))
+    return PlannedShard(shard.name, header, tuple(places), original, metadata)
 
 
-def _grouped(weights: Iterable[Weight], dtype: StoredDtype, limit: int) -> list[ShardLayout]:
+def _same(told: Sequence[tuple[str, str, tuple[int, ...]]], entries: Sequence[Entry]) -> bool:
+    """Whether a file's tensors are these, in whatever order."""
+    return sorted(told) == sorted((e.name, e.dtype, e.shape) for e in entries)
+
+
+def _grouped(weights: Iterable[Weight], forms: Mapping[str, Form], limit: int) -> list[ShardLayout]:
     groups: list[list[str]] = [[]]
     filled = 0
     for weight in weights:
-        size = dtypes.num_bytes(dtype(weight), weight.shape) or 0
+        size = sum(part.num_bytes for part in parts_of(weight, forms[weight.name]))
         if groups[-1] and filled + size > limit:
             groups.append([])
             filled = 0
@@ -164,19 +147,10 @@ def _name(part: Part) -> str:
 
 
 def tile_bytes(shards: Iterable[PlannedShard]) -> int:
-    """Bytes that the largest tile needs while it is computed: raw, base, delta, value, stored."""
-    return max(
-        (
-            min(tiles.tile_rows(w.num_columns, w.grain), w.num_rows)
-            * w.num_columns
-            * (w.bytes_per_element if isinstance(w, Merged) else 4 * 3 + 4)
-            for shard in shards
-            for w in (place.weight for place in shard.places)
-        ),
-        default=0,
-    )
+    """Bytes that the largest tile needs while it is computed."""
+    return max((place.tile_bytes for shard in shards for place in shard.places), default=0)
 
 
 def factor_bytes(shards: Iterable[PlannedShard]) -> int:
-    """Bytes that the largest weight holds beside its tiles: deltas, scales, packed codes."""
-    return max((place.weight.state_bytes for shard in shards for place in shard.places), default=0)
+    """Bytes that the largest weight holds beside its tiles."""
+    return max((place.state_bytes for shard in shards for place in shard.places), default=0)

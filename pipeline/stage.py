@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 from pipeline.ground import workplace
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
+from pipeline.ground.ranks import Rank
 from pipeline.ground.report import Plan, Report
 from pipeline.tying import Tied
 from pipeline.weight import Adapter, Checkpoint, Output, Stored, Weight
@@ -48,13 +49,27 @@ class Extract(Stage):
     """folders or hub ids of adapters, with their weights"""
     targeted_modules: tuple[str, ...] | None = None
     """what the adapter may touch: names, globs or re:patterns"""
-    rank: int | None = None
-    """the rank the adapter must have"""
+    saved_modules: tuple[str, ...] | None = None
+    """what the adapter holds whole"""
+    rank: Rank | None = None
+    """the rank the adapter must have, or a rule by which it gets one"""
+    rank_pattern: dict[str, float] = field(default_factory=dict)
+    """ranks of some modules, {name: rank}"""
+    max_rank: int | None = None
+    """the largest rank that a module may get"""
+    multiple_of: int = 1
+    """ranks are a multiple of this"""
     alpha: float | None = None
     """the alpha the adapter must have"""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """alphas of some modules, {name: alpha}"""
 
     dry_run: bool = False
     """take only what lies on this machine; download nothing"""
+
+    def plan(self) -> Adapter:
+        """The adapter as far as headers and configs tell, for a stage that makes it when it is called."""
+        return self()
 
     @abstractmethod
     def __call__(self) -> Adapter: ...
@@ -214,7 +229,7 @@ class Pipeline:
         """What `run` would do, from headers and configs; Refused, with every reason, if it would not."""
         stages = (self.extract, self.load, self.dequantize, self.merge, self.save, self.verify)
         refuse_together([stage.check for stage in stages])
-        adapter = self.extract()
+        adapter = self.extract.plan()
         return self.save.plan(self.merge(self.dequantize(self.load()), adapter), adapter)
 
     def run(self) -> Report:

@@ -50,7 +50,7 @@ def settle(base: Checkpoint[Weight], adapter: Adapter, policy: Tied) -> tuple[Ch
         )
     if policy is Tied.shared:
         return base, _moved_to(embeddings, adapter, touching)
-    once = [policy is Tied.auto and _meant_once(embeddings, side) for side in touching]
+    once = [policy is Tied.auto and _meant_once(side) for side in touching]
     if all(once):
         return base, _without_copies(adapter, touching)
     if any(once):
@@ -58,7 +58,8 @@ def settle(base: Checkpoint[Weight], adapter: Adapter, policy: Tied) -> tuple[Ch
             "tied: one adapter trained embeddings and lm_head as one, another only one of them; merge them "
             "one after the other, or set tied=untie or tied=shared"
         )
-    return _untied(base, embeddings, head), adapter
+    untied = _untied(base, embeddings, head)
+    return untied, _with_both_sides(adapter, touching, embeddings, untied)
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,12 @@ def _sides(part: Part, embeddings: Weight) -> _Sides:
     return _Sides(part, [d for d in weights if _last(d) == layer], [d for d in weights if _last(d) in HEADS])
 
 
-def _meant_once(shared: Weight, side: _Sides) -> bool:
+def _meant_once(side: _Sides) -> bool:
     """Whether what the adapter holds is one change of the shared tensor."""
     on_embeddings, on_head = side.on_embeddings, side.on_head
     ensured = bool(side.part.config.get("ensure_weight_tying"))
+    if any(isinstance(d, Dora) for d in (*on_embeddings, *on_head)):
+        return False  # a magnitude for each column is not one for each row
     if on_head:
         same = len(on_head) == len(on_embeddings) and all(
             _is_copy(h, e) for h, e in zip(on_head, on_embeddings, strict=True)
@@ -95,9 +98,13 @@ def _meant_once(shared: Weight, side: _Sides) -> bool:
                 "tied=untie merges each with its own"
             )
         return same and (ensured or all(isinstance(d, Saved | TokenRows) for d in on_head))
-    saved = [d for d in on_embeddings if isinstance(d, Saved)]
-    resized = bool(saved) and saved[0].shape != shared.shape and not _is_module_to_save(saved[0], side.part)
-    return ensured or resized or all(isinstance(d, TokenRows) for d in on_embeddings)
+    before = _before_training(on_embeddings, side.part)
+    return ensured or all(isinstance(d, TokenRows) for d in on_embeddings if d not in before)
+
+
+def _before_training(deltas: Sequence[Delta], part: Part) -> list[Saved]:
+    """The shared tensor itself, resized or not, which PEFT saves beside what was trained of it."""
+    return [d for d in deltas if isinstance(d, Saved) and not _is_module_to_save(d, part)]
 
 
 def _is_module_to_save(delta: Delta, part: Part) -> bool:
@@ -109,8 +116,6 @@ def _is_copy(head: Delta, embeddings: Delta) -> bool:
         return same_values(head.entry, embeddings.entry)
     if isinstance(head, TokenRows) and isinstance(embeddings, TokenRows):
         return head.indices == embeddings.indices and same_values(head.entry, embeddings.entry)
-    if isinstance(head, Dora) and isinstance(embeddings, Dora):
-        head, embeddings = head.lora, embeddings.lora
     if not isinstance(head, Lora) or not isinstance(embeddings, Lora):
         return False
     return (
@@ -152,6 +157,24 @@ def _untied(base: Checkpoint[Weight], embeddings: Weight, head: Weight | None) -
         weights=tuple(weights if head else [*weights, own]),
         findings=(*base.findings, Finding(text)),
     )
+
+
+def _with_both_sides(
+    adapter: Adapter, sides: Sequence[_Sides], embeddings: Weight, untied: Checkpoint[Weight]
+) -> Adapter:
+    """The adapter that holds the shared tensor for both sides, where it has one that is not the base's."""
+    head = _head(untied)
+    assert head is not None
+    modules = [weight.name.removesuffix(".weight") for weight in (embeddings, head)]
+    added: dict[int, list[Delta]] = {}
+    for side in sides:
+        both = (side.on_embeddings, side.on_head)
+        for mine, other, module in (*zip(both, both[::-1], modules[::-1], strict=True),):
+            found = _before_training(mine, side.part)
+            known = embeddings.source and found and same_values(found[0].entry, embeddings.source)
+            if found and not known and not any(isinstance(d, Saved) for d in other):
+                added.setdefault(id(side.part), []).append(replace(found[0], module=module))
+    return Adapter(tuple(replace(p, deltas=(*added.get(id(p), ()), *p.deltas)) for p in adapter.parts))
 
 
 def _says_untied(base: Checkpoint[Weight]) -> Checkpoint[Weight]:

@@ -29,6 +29,8 @@ from pipeline.ground.sidefiles import SideFile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.extraction.result import Extraction
+
 
 class Tile(NamedTuple):
     """A block of rows `(rows, columns)`: the value still to be rounded, and what it is made of.
@@ -368,6 +370,7 @@ class Part:
     weight: float = 1.0  # its share among several
     side_files: tuple[SideFile, ...] = ()
     findings: tuple[Finding, ...] = ()
+    extraction: Extraction | None = None  # what it was made of, if this run makes it
 
 
 @dataclass(frozen=True)
@@ -399,6 +402,7 @@ class Output:
     adapter: Adapter
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    is_adapter: bool = False  # the folder holds the adapter, not the merged model
 
     def statistics_as_dicts(self) -> dict[str, dict[str, Any]]:
         """For the report."""

@@ -21,6 +21,7 @@ CONTRACT = {
     "binding",
     "combined",
     "contents",
+    "diagnosing",
     "heads",
     "layout",
     "merging",

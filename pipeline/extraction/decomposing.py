@@ -83,8 +83,8 @@ class Rule:
                 for pair in parameter.pairs:
                     if rounding_of(pair.tuned) is None:
                         raise Refused(
-                            f"rank: auto needs the rounding noise of the fine-tune, but {pair.name} is stored "
-                            f"as {pair.tuned.stored_as}; give a number or {{energy: 0.95}}"
+                            f"rank: auto needs the rounding noise of the fine-tune, but {pair.name} is "
+                            f"stored as {pair.tuned.stored_as}; give a number or {{energy: 0.95}}"
                         )
 
 
@@ -97,6 +97,7 @@ class Decomposed:
     S: tuple[float, ...]
     energy: float  # ||D||^2
     edge: float  # largest singular value of rounding noise; 0 where that is not known
+    noise: float  # ||D||^2 that rounding alone gives
 
     def captured(self, rank: int) -> float:
         """The share of ||D||^2 that the first `rank` triples hold."""
@@ -110,6 +111,7 @@ class _Result(NamedTuple):
     S: Tensor
     energy: float
     edge: float
+    noise: float
     num_bytes: int
 
 
@@ -137,7 +139,7 @@ def decompose(
         for result in done:
             S = tuple(result.S.double().tolist())
             left, right = spool.keep(result.left), spool.keep(result.right)
-            found[result.number].append(Decomposed(left, right, S, result.energy, result.edge))
+            found[result.number].append(Decomposed(left, right, S, result.energy, result.edge, result.noise))
             bar.advance(result.num_bytes)
     return found
 
@@ -145,11 +147,11 @@ def decompose(
 def _decompose(
     number: int, parameter: Parameter, slices: Sequence[Slice], rule: Rule, device: str
 ) -> _Result:
-    D, variance = difference(slices, device)
+    D, noise = difference(slices, device)
     num_bytes = D.numel() * 4
     D = D.view(parameter.matrix)
     energy = float(D.double().square().sum()) if D.numel() < 1 << 22 else float(_energy(D))
-    edge = noise_edge(variance, *D.shape) if variance is not None else 0.0
+    edge = noise_edge(noise.of_row, noise.of_column, *D.shape)
     low = _leading(D, parameter, rule, energy, edge)
     root = low.S.clamp_min(0).sqrt()[:, None]
     safe = root.masked_fill(root == 0, 1)
@@ -160,6 +162,7 @@ def _decompose(
         low.S.float().cpu(),
         energy,
         edge,
+        noise.energy,
         num_bytes,
     )
 
@@ -185,14 +188,21 @@ def _leading(D: Tensor, parameter: Parameter, rule: Rule, energy: float, edge: f
         tried = min(4 * tried, most)
 
 
-def difference(slices: Sequence[Slice], device: str) -> tuple[Tensor, float | None]:
-    """(rows, columns) tuned - base in float32, and the variance of the tuned values' rounding errors."""
+class Noise(NamedTuple):
+    """Sums of the variances of rounding errors: the largest of a row and of a column, and all."""
+
+    of_row: float
+    of_column: float
+    energy: float
+
+
+def difference(slices: Sequence[Slice], device: str) -> tuple[Tensor, Noise]:
+    """(rows, columns) tuned - base in float32, and the noise of the tuned values' rounding; 0 if unknown."""
     import torch
 
-    rows = sum(s.stop - s.start for s in slices)
-    D = torch.empty(rows, slices[0].pair.tuned.num_columns, device=device)
-    noise: list[float] | None = []
-    at = 0
+    rows, columns = sum(s.stop - s.start for s in slices), slices[0].pair.tuned.num_columns
+    D = torch.empty(rows, columns, device=device)
+    of_row, of_columns, seen, at = 0.0, torch.zeros(columns, dtype=torch.float64, device=device), 0, 0
     for part in slices:
         dtype = rounding_of(part.pair.tuned)
         grid = list(part.pair.grid(part.start, part.stop))
@@ -202,14 +212,16 @@ def difference(slices: Sequence[Slice], device: str) -> tuple[Tensor, float | No
                 low, high = max(start, part.start), min(stop, part.stop)
                 D[at : at + high - low] = delta[low - start : high - start]
                 at += high - low
-                if dtype is None:
-                    noise = None
-                elif noise is not None and number % -(-len(grid) // _NOISE_TILES) == 0:
-                    noise.append(float((ulp(tuned, dtype).square() / 12).mean()))
-    variance = sum(noise) / len(noise) if noise else None
-    if any(isinstance(part.pair.tuned, Merged) for part in slices):
-        variance = float(_energy(D)) / max(D.numel(), 1) * 2.0**-40  # float32 sums are off by about that
-    return D, variance
+                if dtype and dtype != "F64" and number % -(-len(grid) // _NOISE_TILES) == 0:
+                    variances = ulp(tuned, dtype).square() / 12
+                    of_row = max(of_row, float(variances.sum(1).max()))
+                    of_columns += variances.sum(0)
+                    seen += len(tuned)
+    if any(isinstance(part.pair.tuned, Merged) for part in slices):  # a float32 sum, not rounded yet
+        variance = _energy(D) / max(D.numel(), 1) * 2.0**-40
+        return D, Noise(variance * columns, variance * rows, variance * D.numel())
+    of_columns *= rows / max(seen, 1)
+    return D, Noise(of_row, float(of_columns.max()), float(of_columns.sum()))
 
 
 def workers_for(parameters: Sequence[Parameter], most: int, free: int) -> int:

@@ -251,5 +251,6 @@ def _findings(renamed: list[str], unused: list[str]) -> Iterable[Finding]:
         )
     if unused:
         yield Finding(
-            f"{len(unused)} tensors served training only or are there twice, and are not merged, as {unused[0]}"
+            f"{len(unused)} tensors served training only, or are there twice, and are not merged, as "
+            f"{unused[0]}"
         )

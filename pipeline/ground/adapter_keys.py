@@ -40,7 +40,7 @@ def as_peft_names_it(key: str, kind: Kind) -> str:
 def is_left_behind(inside: str, config: Mapping[str, Any]) -> bool:
     """Whether it is what a module that is saved whole was before training."""
     path = inside.rpartition(".")[0]
-    return path.endswith(_LEFT_BEHIND) and _is_saved_module(path.removesuffix(_LEFT_BEHIND), config)
+    return path.endswith(_LEFT_BEHIND) and _is_wrapped(path.removesuffix(_LEFT_BEHIND), config)
 
 
 def saved(inside: str, entry: Entry, config: Mapping[str, Any]) -> Saved | None:
@@ -51,13 +51,19 @@ def saved(inside: str, entry: Entry, config: Mapping[str, Any]) -> Saved | None:
     if NESTED in module or not module:
         return None
     whole = _is_saved_module(module, config)
-    if path.endswith(_WRAPPED) and not whole:
+    if path.endswith(_WRAPPED) and not _is_wrapped(module, config):
         return None
     trained_bias = parameter == "bias" and config.get("bias", "none") != "none"
     embedding = parameter == "weight" and module.rpartition(".")[2] in EMBEDDINGS
     if whole or trained_bias or embedding or (nested and parameter == "weight"):
         return Saved(module, parameter, entry.shape, entry)
     return None
+
+
+def _is_wrapped(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT wraps it to save it whole; what is tied to such a module it wraps along."""
+    tied = config.get("ensure_weight_tying") and module.rpartition(".")[2] in EMBEDDINGS
+    return bool(tied) or _is_saved_module(module, config)
 
 
 def _is_saved_module(module: str, config: Mapping[str, Any]) -> bool:

@@ -45,6 +45,7 @@ def _verdict(report: Report, title: str) -> Markup:
         said[0] += f", {len(skipped)} skipped." if skipped else "."
     if not report.gates:
         said = ["Nothing was checked."]
+    said += [f"Likely cause: {cause}." for cause in report.causes]
     return element(
         "header",
         element("b", _word(report), class_="word"),

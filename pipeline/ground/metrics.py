@@ -104,6 +104,9 @@ class Statistics:
     relative_norm: float | None  # ||D|| / ||W||
     before: dict[str, float]  # min, max, mean, std
     after: dict[str, float]
+    rounding: str = "nearest"
+    noise: float | None = None  # ||O - T|| / ||D|| of a weight stored as codes, T what they stand for
+    base_shift: float | None = None  # ||W16 - W|| / ||D|| of one whose base went through four bits
 
     @classmethod
     def gathered(cls, elements: int, tiles: Iterable[TileFacts]) -> Statistics:
@@ -139,7 +142,8 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json."""
-        return {f: getattr(self, f) for f in self.__dataclass_fields__}
+        facts = {f: getattr(self, f) for f in self.__dataclass_fields__}
+        return {f: fact for f, fact in facts.items() if fact is not None or f not in ("noise", "base_shift")}
 
 
 def _spread(n: int, total: float, squares: float, least: float, most: float) -> dict[str, float]:

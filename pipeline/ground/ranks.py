@@ -91,14 +91,17 @@ def by_pattern(module: str, table: Mapping[str, float]) -> float | None:
     return next((number for pattern, number in table.items() if matches(module, pattern)), None)
 
 
-def noise_edge(variance: float, m: int, n: int) -> float:
-    """The largest singular value that (m, n) independent errors of this variance have, but for bad luck.
+def noise_edge(of_row: float, of_column: float, m: int, n: int) -> float:
+    """The largest singular value that (m, n) independent errors have, but for bad luck.
 
-    s^2 (sqrt m + sqrt n)^2, the edge, and some of the Tracy-Widom spread around it (Johnstone 2001).
+    `of_row` and `of_column` are the largest sums of their variances along a row and a column. The sum of
+    the roots bounds errors of uneven sizes (Bandeira and van Handel 2016, arXiv:1408.6185); of even ones
+    it is the Marchenko-Pastur edge, s (sqrt m + sqrt n). Some of the Tracy-Widom spread around the edge is
+    added (Johnstone 2001).
     """
     around = sqrt(m) + sqrt(n)
-    spread = around * (1 / sqrt(m) + 1 / sqrt(n)) ** (1 / 3)
-    return sqrt(variance * (around**2 + _TRACY_WIDOM * spread))
+    spread = (1 / sqrt(m) + 1 / sqrt(n)) ** (1 / 3) / around
+    return (sqrt(of_row) + sqrt(of_column)) * sqrt(1 + _TRACY_WIDOM * spread)
 
 
 def above(S: Tensor, edge: float) -> int:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from pipeline.ground.codes.encoders.encoder import Encoder, Part
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -24,11 +26,13 @@ class Action(Enum):
     saved = "taken whole from the adapter"
     decoded = "quantized codes written as floats"
     cast = "another float dtype"
+    encoded = "quantized anew"
+    extracted = "low-rank factors of a difference"
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedWeight:
-    """One weight of the output."""
+    """One weight of the output; `dtype` is the name of its codes where it is held as such."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,6 +41,13 @@ class PlannedWeight:
     action: Action
     source: str  # what the base holds: a safetensors dtype or a GGUF type
     deltas: tuple[str, ...] = ()  # "LoRA rank 8 scale 2", one for each that is added
+    codes: tuple[Part, ...] = ()  # the tensors that hold it, if those are codes
+    encoder: Encoder | None = None  # that makes such codes
+
+    @property
+    def tensors(self) -> tuple[Part, ...]:
+        """The tensors of the file that hold it."""
+        return self.codes or (Part(self.name, self.dtype, self.shape),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,8 @@ class Plan:
     disk: int  # bytes to be written
     findings: tuple[Finding, ...] = ()
     contents: tuple[AdapterContents, ...] = ()
+    quantized: str = ""  # the format that linear layers are quantized to; "" leaves them as numbers
+    rounding: str = "nearest"
 
     @property
     def num_bytes(self) -> int:
@@ -109,6 +122,7 @@ class Report:
     plan: Plan
     gates: tuple[Gate, ...]
     findings: tuple[Finding, ...] = ()
+    causes: tuple[str, ...] = ()  # what likely made a gate fail
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # statistics, by name
     logits: Mapping[str, Any] | None = None
     answers: Mapping[str, str] | None = None  # prompt, and what base, adapter and merged model say
@@ -131,6 +145,7 @@ class Report:
             "merge_dtype": plan.merge_dtype,
             "gates": [{**asdict(gate), "status": gate.status.value} for gate in self.gates],
             "findings": [f.text for f in unique(plan.findings, self.findings)],
+            "causes": list(self.causes),
             "retained": retained(self.weights),
             "logits": self.logits,
             "answers": self.answers,

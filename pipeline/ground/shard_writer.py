@@ -1,4 +1,4 @@
-"""Writing a shard at final offsets, in any order, while its hash is taken in file order."""
+"""Writing a shard at final offsets, in any order; its hash is taken in file order meanwhile, or afterwards."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import hashlib
 import os
 from pathlib import Path
 
-from pipeline.ground.digests import Digest
+from pipeline.ground.digests import Digest, sha256
 from pipeline.ground.files import File, write_all
 
 _FICLONE = 0x40049409  # linux/fs.h: share all blocks of another file (btrfs, XFS, bcachefs, ZFS, NFS 4.2)
 
 
 class ShardWriter:
-    """A shard of known layout. `write` may be called from any thread; `hashed` in the order of the bytes."""
+    """A shard of known layout. `write` may be called from any thread; `hashed` in the order of the bytes.
 
-    def __init__(self, path: Path, header: bytes, size: int, same_as: File | None) -> None:
-        self.path, self.size = path, size
+    Bytes that are not made `in_order` are hashed by reading the file again.
+    """
+
+    def __init__(
+        self, path: Path, header: bytes, size: int, same_as: File | None, in_order: bool = True
+    ) -> None:
+        self.path, self.size, self._in_order = path, size, in_order
         self._sha256 = hashlib.sha256(header)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self.cloned = same_as is not None and self._clone(same_as)
@@ -40,11 +45,19 @@ class ShardWriter:
 
     def hashed(self, buffer: memoryview) -> None:
         """Takes the next bytes of the file into its hash."""
-        self._sha256.update(buffer)
+        if self._in_order:
+            self._sha256.update(buffer)
 
     def digest(self) -> Digest:
-        """What identifies the file, once all of it is hashed."""
-        return Digest(self.path.name, self.size, self._sha256.hexdigest())
+        """What identifies the file, once all of it is written."""
+        found = self._sha256.hexdigest() if self._in_order else sha256(File.at(self.path))
+        return Digest(self.path.name, self.size, found)
+
+    def complete(self, header: bytes, size: int) -> None:
+        """Puts another header of the same length in place, for a file that became shorter than planned."""
+        write_all(self._descriptor, 0, memoryview(header))
+        os.truncate(self._descriptor, size)
+        self.size = size
 
     def close(self) -> None:
         """Closes the file; a second time does nothing."""

@@ -162,21 +162,26 @@ def _no_weights(folder: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One tensor of a shard to be written; `offset` counts from the start of the file."""
+    """One tensor of a shard to be written; `offset` counts from the start of the file.
+
+    A `late` one has at most these bytes, and lies behind those that are not.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     length: int
+    late: bool = False
 
 
 def lay_out(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], room: int = 0
 ) -> tuple[bytes, tuple[Slot, ...]]:
     """The header (with its length) and the places of these (name, dtype, shape), in their order.
 
-    Where that order would leave a tensor unaligned for its dtype, wider dtypes come first.
+    Where that order would leave a tensor unaligned for its dtype, wider dtypes come first. The header is
+    filled up with spaces to `room` bytes.
     """
     placed = _place(tensors)
     if any(begin % dtypes.alignment(dtype) for _, dtype, _, begin, _ in placed):
@@ -185,7 +190,7 @@ def lay_out(
     for name, dtype, shape, begin, end in placed:
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, room - 8 - len(text))
     start = 8 + len(text)
     slots = tuple(Slot(n, d, s, start + begin, end - begin) for n, d, s, begin, end in placed)
     return len(text).to_bytes(8, "little") + text, slots

@@ -104,6 +104,8 @@ def show_report(report: Report, stands_at: str) -> None:
         for gate in report.gates:
             wanted = "" if gate.status is Status.passed else f" (wanted: {gate.wanted})"
             out.print(f"  {marks[gate.status]:8}{gate.name}: {gate.seen}{wanted}", markup=False)
+    for cause in report.causes:
+        out.print(f"  likely cause: {cause}", markup=False)
     for finding in unique(report.plan.findings, report.findings):
         out.print(f"  note: {finding.text}", markup=False)
     if report.answers:

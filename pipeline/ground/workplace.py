@@ -22,6 +22,11 @@ def partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def scratch(output: Path) -> Path:
+    """A folder beside what is being made, for what the run needs and the output does not hold."""
+    return partial(output) / ".scratch"
+
+
 def rejected(output: Path) -> Path:
     """The folder to which an output goes that verification refused."""
     return output.with_name(output.name + ".rejected")
@@ -117,6 +122,7 @@ class Workplace:
         return self._rename(target)
 
     def _rename(self, target: Path) -> Path:
+        shutil.rmtree(scratch(self.output), ignore_errors=True)
         (self.folder / _MARK).unlink()
         _settle(self.folder)
         if target.exists():

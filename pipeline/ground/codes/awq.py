@@ -130,7 +130,7 @@ def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> Code | None
         kernel, awq = "llm-awq" if "scaled_zeros" in parts else "gemv_fast", True
     if awq and kernel in _KERNELS:
         raise refusal(
-            main, f"is AWQ packed for the {kernel} kernel alone; give the same model's gemm checkpoint"
+            main, f"is AWQ packed for {kernel} kernels alone; give the same model's gemm checkpoint"
         )
     code = None
     if {"qzeros", "scales"} <= set(parts):
@@ -140,9 +140,7 @@ def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> Code | None
         if flat and (main.dtype, qzeros.dtype, scales.dtype) in _DTYPES:
             code = _gemm(main, qzeros, scales, said) or (_gemv(main, qzeros, scales, said) if awq else None)
     if code and (strange := sorted(set(parts) - {"qweight", "qzeros", "scales", "bias"})):
-        raise refusal(
-            main, f"stands beside '{strange[0]}', which no AWQ layer has: it may mean something else"
-        )
+        raise refusal(main, f"stands beside '{strange[0]}', which no AWQ layer has and may change it")
     if awq and not code:
         raise refusal(main, f"does not fit together as AWQ of 4 bits, gemm or gemv: {named(parts)}")
     return code
@@ -150,7 +148,7 @@ def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> Code | None
 
 def _gemm(qweight: Entry, qzeros: Entry, scales: Entry, said: list[int]) -> Gemm | None:
     (inputs, columns), (groups, outputs) = qweight.shape, scales.shape
-    if qzeros.shape != (groups, columns) or outputs != 8 * columns or inputs % groups:
+    if qzeros.shape != (groups, columns) or outputs != 8 * columns or not groups or inputs % groups:
         return None
     group = inputs // groups
     if said and group not in said and not (groups == 1 and -1 in said):

@@ -73,7 +73,7 @@ class Integers(Code):
 
         grid, columns = self.grid, self.shape[-1]
         scales = read_whole(self.scale, device).float().view(-1, grid.across)
-        zeros = self._zeros(device)
+        zeros = self.zeros(device)
         width = self.codes.shape[-1] * num_bytes(self.codes)
         with reading(device, self.codes) as (read,):
 
@@ -90,7 +90,7 @@ class Integers(Code):
 
             yield rows
 
-    def _zeros(self, device: str) -> Tensor | None:
+    def zeros(self, device: str) -> Tensor | None:
         """Zero points `(lines of scales, groups)` float32."""
         import torch
 

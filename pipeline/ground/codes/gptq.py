@@ -120,11 +120,9 @@ def find(tensors: Mapping[str, Entry], quantization: Quantization) -> Iterator[F
 
     def found(main: Entry) -> Found | None:
         parts = modules[main.name]
-        return (
-            Found(sibling(main, "weight"), _code(main, parts, settings), main)
-            if ours(parts, settings)
-            else None
-        )
+        if not ours(parts, settings):
+            return None
+        return Found(sibling(main, "weight"), _code(main, parts, settings), main)
 
     yield from each((parts["qweight"] for parts in modules.values()), found)
 
@@ -133,10 +131,9 @@ def _code(main: Entry, parts: Parts, settings: Mapping[str, Any]) -> GPTQ:
     if missing := [part for part in ("qzeros", "scales") if part not in parts]:
         raise refusal(main, f"stands without its {' and '.join(missing)}")
     if strange := sorted(set(parts) - {"qweight", "qzeros", "scales", "g_idx", "bias"}):
-        raise refusal(
-            main, f"stands beside '{strange[0]}', which no GPTQ layer has: it may mean something else"
-        )
-    if "embed" in main.name or ".wte." in main.name:
+        raise refusal(main, f"stands beside '{strange[0]}', which no GPTQ layer has and may change it")
+    layer = main.name.split(".")[-2:][0]
+    if "embed" in layer or layer == "wte":
         raise refusal(main, "is a GPTQ embedding, which is laid out otherwise; give the model in 16 bits")
     version, planar = declared(settings)
     qzeros, scales, g_idx = parts["qzeros"], parts["scales"], parts.get("g_idx")

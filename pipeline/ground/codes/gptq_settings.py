@@ -89,11 +89,11 @@ def group_size(
             )
         return group
     order = numbers(g_idx)
-    if min(order) < 0 or max(order) >= groups:
-        raise refusal(g_idx, f"names groups {min(order)} to {max(order)}, but there are {groups}")
-    if groups > 1 and max(order) == 0:
+    low, high, group = min(order), max(order), order.count(0)
+    if low < 0 or high >= groups:
+        raise refusal(g_idx, f"names groups {low} to {high}, but there are {groups}")
+    if groups > 1 and high == 0:
         raise refusal(g_idx, f"is all zero though there are {groups} groups, which readers take differently")
-    group = order.count(0)
     return group if group and order == [k // group for k in range(inputs)] else None
 
 
@@ -102,15 +102,15 @@ def check_zeros(qzeros: Entry, bits: int, version: int, settings: Mapping[str, A
     raw = bytearray(qzeros.extent.length)
     with qzeros.extent.file.opened() as descriptor:
         read_into(descriptor, qzeros.extent.offset, memoryview(raw))
-    other = {1: 2, 2: 1}[version]
-    middle = (
-        2 ** (bits - 1) - {1: 1, 2: 0}[other]
-    )  # of a symmetric checkpoint, as the other version stores it
-    if raw and raw == _repeated(middle, bits, len(raw)):
+    middle = 2 ** (bits - 1)  # what symmetric zero points are
+    ours, theirs, other = (middle - 1, middle, 2) if version == 1 else (middle, middle - 1, 1)
+    if raw == _repeated(ours, bits, len(raw)):
+        return
+    if raw == _repeated(theirs, bits, len(raw)):
         said = settings.get("checkpoint_format") or settings.get("packing_format")
         raise refusal(
             qzeros,
-            f"holds {middle} throughout, which is how version {other} stores symmetric zero points, but "
+            f"holds {theirs} throughout, which is how version {other} stores symmetric zero points, but "
             f"checkpoint_format {said!r} means version {version}: one is wrong",
         )
     if version == 1 and _any_ones(raw, bits) and (bits == 3 or not _by_gptqmodel(settings)):

@@ -98,7 +98,8 @@ def _token_rows(trained: Trained) -> Delta:
     indices = trained.config.get("trainable_token_indices")
     if isinstance(indices, Mapping):
         fits = [v for k, v in indices.items() if trained.module == k or trained.module.endswith(f".{k}")]
-        indices = fits[0] if len(fits) == 1 else None
+        shared = [] if fits else list(indices.values())  # a tied lm_head has the embeddings' own
+        indices = next(iter(fits or shared)) if len(fits or shared) == 1 else None
     if not isinstance(indices, list) or len(rows.shape) != 2 or rows.shape[0] != len(indices):
         raise trained.refuse("has trained token rows that trainable_token_indices does not list")
     return TokenRows(trained.module, "weight", (UNKNOWN, rows.shape[1]), rows, tuple(indices))

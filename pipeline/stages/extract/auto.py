@@ -8,5 +8,5 @@ from pipeline.stage import Extract, choice
 
 @choice(Extract)
 def auto(request: Mapping[str, Any]) -> str:
-    """peft: the adapter that `adapter` names."""
-    return "peft"
+    """svd: a fine-tune without an adapter; otherwise peft: the adapter that `adapter` names."""
+    return "svd" if request.get("finetune") and not request.get("adapter") else "peft"

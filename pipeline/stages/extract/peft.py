@@ -8,9 +8,10 @@ from enum import Enum
 from pipeline.ground import hub
 from pipeline.ground.adapter_format import AdapterFile, read_adapter
 from pipeline.ground.deltas.kind import Told
+from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import File
-from pipeline.ground.names import unmatched
+from pipeline.ground.names import matches, unmatched
 from pipeline.ground.sidefiles import side_files
 from pipeline.stage import Chosen, Extract, stage
 from pipeline.weight import Adapter, Part
@@ -38,6 +39,11 @@ class Peft(Extract):
     """how often the delta of a MultiheadAttention's out_proj is applied: 1, or 2 as PEFT 0.21.2 does"""
 
     def check(self) -> None:
+        rule = not isinstance(self.rank, int | None)
+        own = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern, "rank": rule}
+        own |= {"max_rank": self.max_rank is not None, "multiple_of": self.multiple_of != 1}
+        if meant := [key for key, is_set in own.items() if is_set]:
+            raise Refused(f"{meant[0]}: is for an adapter to be extracted; extract=peft takes one as it is")
         self()
 
     def __call__(self) -> Adapter:
@@ -83,6 +89,15 @@ class Peft(Extract):
                     f"targeted_modules: the recipe covers {_listed(self.targeted_modules)}, but the adapter "
                     f"also changes {beyond[0]} ({len(beyond)} modules not covered)"
                 )
+        if self.saved_modules is not None:
+            whole = dict.fromkeys(delta.module for delta in file.deltas if isinstance(delta, Saved))
+            if beyond := unmatched(whole, self.saved_modules):
+                differences.append(
+                    f"saved_modules: the recipe covers {_listed(self.saved_modules)}, but the adapter also "
+                    f"holds {beyond[0]} ({len(beyond)} modules not covered)"
+                )
+            if unmet := [p for p in self.saved_modules if not any(matches(m, p) for m in whole)]:
+                differences.append(f"saved_modules: the adapter holds no '{unmet[0]}' whole")
         return differences
 
 

@@ -8,5 +8,5 @@ from pipeline.stage import Save, choice
 
 @choice(Save)
 def auto(request: Mapping[str, Any]) -> str:
-    """merged: the base with the adapter in it."""
-    return "merged"
+    """adapter: one extracted from a fine-tune; otherwise merged: the base with the adapter in it."""
+    return "adapter" if request.get("finetune") and not request.get("adapter") else "merged"

@@ -35,6 +35,8 @@ class Existing(Save):
             read_table(self.output / NAME)
 
     def plan(self, merged: Checkpoint[Weight], adapter: Adapter) -> Plan:
+        if any(part.extraction for part in adapter.parts):
+            raise Refused("save: existing checks a model merged with an adapter that exists; extract first")
         shards = read_checkpoint(self.output)
         stored = {e.name: e.dtype for shard in shards for e in shard.entries}
         planned = plan_shards(merged, lambda w: stored.get(w.name, w.dtype), None)

@@ -71,6 +71,7 @@ class Standard(Verify):
             output,
             gates,
             *findings,
+            base=base,
             weights=weights,
             logits=outcome.figures if outcome else None,
             answers=outcome.answers if outcome else None,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.diagnosing import belong, diagnose, surroundings
 from pipeline.ground.compare import identical, structure, unchanged
 from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.stage import Verify, stage
@@ -24,7 +25,7 @@ class Structure(Verify):
         if all(gate.status is Status.passed for gate in gates) and output.statistics:
             gates.append(effect(output.statistics_as_dicts()))
         gates += hashes(output)
-        return report(output, gates, seconds=time.monotonic() - begun)
+        return report(output, gates, base=base, seconds=time.monotonic() - begun)
 
 
 def files(output: Output, base: Checkpoint[Weight]) -> list[Gate]:
@@ -33,7 +34,7 @@ def files(output: Output, base: Checkpoint[Weight]) -> list[Gate]:
     if gate.status is Status.failed:
         return [gate]
     sources = {w.name: w.source for w in output.merged.weights if w.source is not None}
-    return [gate, identical(output.folder, output.plan, sources)]
+    return [gate, *belong(output), identical(output.folder, output.plan, sources)]
 
 
 def hashes(output: Output) -> list[Gate]:
@@ -56,12 +57,22 @@ def effect(weights: Mapping[str, Mapping[str, Any]]) -> Gate:
     return Gate("effect", status, seen, "all of them, all finite")
 
 
-def report(output: Output, gates: list[Gate], *findings: str, **parts: Any) -> Report:
-    """The report of a verified output."""
+def report(
+    output: Output,
+    gates: list[Gate],
+    *findings: str,
+    base: Checkpoint[Weight] | None = None,
+    **parts: Any,
+) -> Report:
+    """The report of a verified output; given the base, with the likely causes of what failed."""
+    failed = any(gate.status is Status.failed for gate in gates)
+    if gates and not output.statistics:
+        findings = (*findings, *surroundings(output).notes)
     return Report(
         plan=output.plan,
         gates=tuple(gates),
         findings=tuple(Finding(text) for text in findings),
+        causes=diagnose(output, base) if failed and base else (),
         save=output.manifest.get("save", {}),
         manifest=output.manifest,
         **{"weights": output.statistics_as_dicts(), **parts},

@@ -137,17 +137,17 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "gemv_fast": (
         changed(**HALVES, qzeros=torch.ones(8, 64).half()),
         {},
-        "'a.qweight' is AWQ packed for the gemv_fast kernel alone; give the same model's gemm checkpoint",
+        "'a.qweight' is AWQ packed for gemv_fast kernels alone; give the same model's gemm checkpoint",
     ),
     "llm-awq": (
         changed(**HALVES, qzeros=None, scaled_zeros=torch.ones(8, 64).half()),
         {},
-        "'a.qweight' is AWQ packed for the llm-awq kernel alone",
+        "'a.qweight' is AWQ packed for llm-awq kernels alone",
     ),
     "marlin": (
         {"a.qweight": torch.zeros(8, 128).int(), "a.scales": torch.ones(4, 64)},
         GEMM | {"version": "marlin"},
-        "'a.qweight' is AWQ packed for the marlin kernel alone",
+        "'a.qweight' is AWQ packed for marlin kernels alone",
     ),
     "no zeros": (
         changed(qzeros=None),

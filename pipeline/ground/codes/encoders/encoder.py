@@ -58,6 +58,8 @@ class Encoder(ABC):
 
     by_chance: ClassVar[bool] = False
     """Whether it can round stochastically."""
+    gathers: ClassVar[bool] = True
+    """Whether `finish` needs the sides."""
 
     @property
     @abstractmethod

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from pipeline.ground.codes.code import read_whole
+from pipeline.ground.codes.compressed_tensors import Integers
 from pipeline.ground.codes.encoders.encoder import Encode, Encoded, Encoder, Part
 from pipeline.ground.codes.integers import scaled, unpacked
 from pipeline.ground.dtypes import torch_dtype
@@ -95,7 +97,9 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KeptIntegers(Encoder):
-    """Codes of a base of compressed-tensors' integers anew, over its own scales and zero points."""
+    """Codes of a base of integers anew, over its own scales and zero points."""
+
+    gathers: ClassVar[bool] = False
 
     base: Integers
 
@@ -113,17 +117,41 @@ class KeptIntegers(Encoder):
 
     @contextmanager
     def open(self, device: str) -> Iterator[Encode]:
-        grids = self.base.grids(device)
+        import torch
+
+        base, grid = self.base, self.base.grid
+        scales = read_whole(base.scale, device).float().view(-1, grid.across)
+        zeros = base.zeros(device)
 
         def encode(rows: Tensor, start: int, stream: int | None) -> Encoded:
             assert stream is None
-            scales, zeros = self._lines(grids, start, len(rows))
-            low, high = -(2 ** (self.base.bits - 1)), 2 ** (self.base.bits - 1) - 1
-            values = _over(rows.float(), scales, zeros, self.base.grid.width).clamp_(low, high).round_()
-            codes = (values - low).to(torch.uint8)
-            stored = packed(codes, self.base.bits) if self.base.packed else (values.to(torch.int8))
-            return Encoded(stored, (scales, *(() if zeros is None else (zeros,))))
-
-        import torch
+            row = torch.arange(start, start + len(rows), device=device)
+            line = row // grid.rows * grid.down + row % grid.rows // grid.height
+            scale = scales.index_select(0, line)
+            zero = torch.zeros_like(scale) if zeros is None else zeros.index_select(0, line)
+            low, high = -(2 ** (base.bits - 1)), 2 ** (base.bits - 1) - 1
+            values = _over(rows.float(), scale, zero, grid.width).clamp_(low, high).round_()
+            codes = packed((values - low).to(torch.uint8), base.bits) if base.packed else values.to(torch.int8)
+            return Encoded(codes, (scale, zero))
 
         yield encode
+
+    def decoded(self, encoded: Encoded, start: int) -> Tensor:
+        import torch
+
+        if self.base.packed:
+            bits = self.base.bits
+            values = unpacked(encoded.codes.view(torch.uint8), bits, 2 ** (bits - 1))[:, : self.shape[-1]]
+        else:
+            values = encoded.codes.float()
+        return scaled(values, *encoded.sides, self.base.grid.width)
+
+    def finish(self, sides: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        return {entry.name: read_whole(entry) for entry in self.base.entries[1:]}
+
+
+def _over(values: Tensor, scales: Tensor, zeros: Tensor, width: int) -> Tensor:
+    """`values / scales + zeros`, every `width` columns of a row with one of each; the last ones may be fewer."""
+    columns = values.shape[1]
+    scales, zeros = (t.repeat_interleave(width, 1)[:, :columns] for t in (scales, zeros))
+    return values / scales + zeros
