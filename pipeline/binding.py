@@ -12,12 +12,9 @@ from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.module_names import Names, Site
-from pipeline.ground.names import nearest
+from pipeline.ground.names import is_conv1d, is_conv1d_layer, nearest
 from pipeline.weight import Adapter, Checkpoint, FromAdapter, Part, Placed, Weight
 
-# Models whose layers are Conv1D, which hold their weights as (in, out), and how those layers are called.
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_sw3"})
-_CONV1D_LAYERS = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 # Models whose fused experts lie as (experts, in, out).
 _TURNED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "llama4", "llama4_text"})
 
@@ -178,13 +175,12 @@ def _pieces(
 
 def _fitted(delta: Delta, weight: Weight, model_type: str | None) -> Delta:
     """The delta as the weight lies: most are (out, in), those of Conv1D (in, out)."""
-    layer = weight.name.rpartition(".")[0].rpartition(".")[2]
-    conv1d = model_type in _CONV1D_MODELS and layer in _CONV1D_LAYERS and len(weight.shape) == 2
+    conv1d = is_conv1d(model_type, weight.name, weight.shape)
     straight = delta.misfit(weight.shape)
     if len(weight.shape) == 2 and not isinstance(delta, Experts | Saved):
         turned = delta.turned()
         either_way = straight is None and turned.misfit(weight.shape) is None
-        if either_way and model_type is None and layer in _CONV1D_LAYERS:
+        if either_way and model_type is None and is_conv1d_layer(weight.name):
             raise _misfit(delta, f"could lie in {weight.name} either way; config.json has no model_type")
         told = UNKNOWN not in delta.shape  # a size that the adapter does not tell fits anything
         if turned.misfit(weight.shape) is None and (conv1d or (straight is not None and told)):

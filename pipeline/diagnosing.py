@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def _samples(
         yield from _of(weight, before or weight, output, folder, dtypes[weight.name])
 
 
-def _ends(weights: list[Weight]) -> list[Weight]:
+def _ends(weights: Sequence[Weight]) -> Sequence[Weight]:
     half = _MOST // 2
     return weights if len(weights) <= _MOST else [*weights[:half], *weights[-half:]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -10,13 +10,16 @@ from typing import Any
 from pipeline.combined import Combined
 from pipeline.contents import contents
 from pipeline.ground import dtypes
+from pipeline.ground.codes.encoders import encoder as codes
 from pipeline.ground.manifest import published
 from pipeline.ground.report import Plan, unique
+from pipeline.ground.rounding import Rounding, stream_of
 from pipeline.ground.shards import SINGLE, Entry, Shard, Slot, lay_out
-from pipeline.place import Form, FormOf, Place, parts_of
+from pipeline.place import Form, FormOf, Place, by_chance, parts_of
 from pipeline.weight import Adapter, Checkpoint, Merged, Part, ShardLayout, Weight
 
 _LARGEST_SHARD = 50 * 10**9  # bytes, where neither base nor recipe says; what transformers 5 does
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
@@ -50,15 +53,30 @@ class PlannedShard:
 
 
 def plan_shards(
-    checkpoint: Checkpoint[Weight], form: FormOf, max_shard_size: int | None
+    checkpoint: Checkpoint[Weight],
+    form: FormOf,
+    max_shard_size: int | None,
+    rounding: Rounding = Rounding.nearest,
+    seed: int = 0,
 ) -> tuple[PlannedShard, ...]:
-    """The shards of the output: the base's own, or groups of at most `max_shard_size` bytes."""
+    """The shards of the output: the base's own, or groups of at most `max_shard_size` bytes.
+
+    Merged weights are rounded as told, where what they are stored as knows more than one way.
+    """
     weights = {weight.name: weight for weight in checkpoint.weights}
     forms = {name: form(weight) for name, weight in weights.items()}
     shards: Iterable[ShardLayout] = checkpoint.shards
     if max_shard_size or not checkpoint.shards:
         shards = _grouped(checkpoint.weights, forms, max_shard_size or _LARGEST_SHARD)
-    planned = tuple(_plan_shard(shard, weights, forms) for shard in _complete(list(shards), weights))
+
+    def place(name: str, slots: Sequence[Slot]) -> Place:
+        weight, form = weights[name], forms[name]
+        if not isinstance(weight, Merged) or not by_chance(form):
+            return Place(weight, form, slots[0], tuple(slots[1:]))
+        return Place(weight, form, slots[0], tuple(slots[1:]), rounding, stream_of(seed, name))
+
+    parts = {name: parts_of(weights[name], forms[name]) for name in weights}
+    planned = tuple(_plan_shard(shard, parts, place) for shard in _complete(list(shards), weights))
     assert sorted(p.weight.name for shard in planned for p in shard.places) == sorted(weights)
     return planned
 
@@ -73,9 +91,12 @@ def _complete(shards: list[ShardLayout], weights: Mapping[str, Weight]) -> list[
     return [shard for shard in kept if shard.weights]
 
 
-def _plan_shard(shard: ShardLayout, weights: Mapping[str, Weight], forms: Mapping[str, Form]) -> PlannedShard:
-    parts = {name: parts_of(weights[name], forms[name]) for name in shard.weights}
-    tensors = sorted((part for some in parts.values() for part in some), key=lambda part: part.late)
+def _plan_shard(
+    shard: ShardLayout,
+    parts: Mapping[str, Sequence[codes.Part]],
+    place: Callable[[str, Sequence[Slot]], Place],
+) -> PlannedShard:
+    tensors = sorted((part for name in shard.weights for part in parts[name]), key=lambda part: part.late)
     told, original = [(part.name, part.dtype, part.shape) for part in tensors], shard.original
     metadata = {"format": "pt"} | (dict(original.metadata) if original else {})
     if original and not any(part.late for part in tensors) and _same(told, original.entries):
@@ -86,11 +107,9 @@ def _plan_shard(shard: ShardLayout, weights: Mapping[str, Weight], forms: Mappin
         late = {part.name for part in tensors if part.late}
         slots, original = [replace(slot, late=slot.name in late) for slot in found], None
     at = {slot.name: number for number, slot in enumerate(slots)}
-    places = []
-    for name in sorted(shard.weights, key=lambda name: at[parts[name][0].name]):
-        first, *others = (slots[at[part.name]] for part in parts[name])
-        places.append(Place(weights[name], forms[name], first, tuple(others)))
-    return PlannedShard(shard.name, header, tuple(places), original, metadata)
+    names = sorted(shard.weights, key=lambda name: at[parts[name][0].name])
+    places = tuple(place(name, [slots[at[part.name]] for part in parts[name]]) for name in names)
+    return PlannedShard(shard.name, header, places, original, metadata)
 
 
 def _same(told: Sequence[tuple[str, str, tuple[int, ...]]], entries: Sequence[Entry]) -> bool:

@@ -9,7 +9,7 @@ from math import lcm
 from pipeline.ground import tiles
 from pipeline.ground.codes.encoders.encoder import Encoder, Part
 from pipeline.ground.report import Action, PlannedWeight
-from pipeline.ground.rounding import Rounding
+from pipeline.ground.rounding import Rounding, takes_chance
 from pipeline.ground.shards import Entry, Slot
 from pipeline.weight import FromAdapter, Merged, Weight
 
@@ -26,6 +26,13 @@ class Held:
 
 Form = str | Encoder | Held  # numbers of a dtype, codes made anew, or codes found
 FormOf = Callable[[Weight], Form]
+
+
+def by_chance(form: Form) -> bool:
+    """Whether rounding by chance means anything for what a weight is stored as."""
+    if isinstance(form, str):
+        return takes_chance(form)
+    return isinstance(form, Encoder) and form.by_chance
 
 
 def parts_of(weight: Weight, form: Form) -> list[Part]:
@@ -45,6 +52,8 @@ class Place:
     form: Form
     slot: Slot
     others: tuple[Slot, ...] = ()
+    rounding: Rounding = Rounding.nearest
+    stream: int = 0  # of the bits that rounding by chance takes
 
     @property
     def slots(self) -> tuple[Slot, ...]:

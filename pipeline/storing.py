@@ -18,7 +18,7 @@ from pipeline.ground.metrics import (
     is_sampled,
     tile_facts,
 )
-from pipeline.ground.rounding import Rounding, round_by_chance, round_to, takes_chance
+from pipeline.ground.rounding import Rounding, round_by_chance, round_to
 from pipeline.place import Place
 from pipeline.simulated import Simulated
 from pipeline.weight import Merged, Tile, Tiles
@@ -61,13 +61,13 @@ class Storing:
         if tile.delta is None:
             stored = round_to(tile.value, dtype)
             lost = not is_finite(stored) and bool((tile.value.isfinite() & ~stored.isfinite()).any())
-            return Made(_bytes(stored), self._offset(start), overflown=lost)
+            return Made(as_bytes(stored), self._offset(start), overflown=lost)
         if self.by_chance:
             stored = round_by_chance(tile.value, dtype, self.place.stream, start * weight.num_columns)
         else:
             stored = round_to(tile.value, dtype)
         facts = tile_facts(stored, tile.base, round_to(tile.base, dtype), tile.delta, sampled)
-        return Made(_bytes(stored), self._offset(start), facts)
+        return Made(as_bytes(stored), self._offset(start), facts)
 
     def _offset(self, start: int) -> int:
         return start * (self.place.slot.length // self.place.weight.num_rows)
@@ -79,7 +79,7 @@ class Storing:
         encoded = encode(tile.value.float(), start, stream)
         finite = is_finite(tile.value) and all(is_finite(s) for s in encoded.sides if s.element_size() > 1)
         sides = tuple(side.cpu() for side in encoded.sides) if encoder.gathers else ()
-        made = Made(_bytes(encoded.codes), encoder.offset(start), overflown=not finite, sides=sides)
+        made = Made(as_bytes(encoded.codes), encoder.offset(start), overflown=not finite, sides=sides)
         if tile.delta is None:
             return made
         if not sampled or not finite:
@@ -170,8 +170,8 @@ class Storing:
         return encoder.finish([made.sides for made in self.made]) if encoder else {}
 
     def done(self, made: Made) -> None:
-        """Takes what is needed of a tile once its bytes are written; in the order of the tiles."""
-        self.made.append(made._replace(buffer=memoryview(b"")))
+        """Takes a tile, whose bytes are written by now; in the order of the tiles."""
+        self.made.append(made)
 
 
 class _Look(NamedTuple):
@@ -191,12 +191,8 @@ def storing(place: Place, device: str) -> Iterator[Storing]:
         yield Storing(place, tiles, encode, before)
 
 
-def can_round_by_chance(place: Place) -> bool:
-    """Whether stochastic rounding means anything for what a weight is stored as."""
-    return place.encoder.by_chance if place.encoder else takes_chance(place.slot.dtype)
-
-
-def _bytes(stored: Tensor) -> memoryview:
+def as_bytes(stored: Tensor) -> memoryview:
+    """The bytes of a tensor, on the CPU."""
     import torch
 
     return memoryview(stored.cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 from pipeline.ground.digests import Digest
 from pipeline.ground.files import read_into
-from pipeline.ground.metrics import Statistics, TileFacts, is_finite, is_sampled, tile_facts
+from pipeline.ground.metrics import Statistics, is_sampled
 from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Action
-from pipeline.ground.rounding import round_to
 from pipeline.ground.shard_writer import ShardWriter
-from pipeline.layout import Place, PlannedShard
-from pipeline.weight import Tiles
+from pipeline.ground.shards import Entry, Slot
+from pipeline.layout import PlannedShard
+from pipeline.place import Held, Place
+from pipeline.storing import Made, Storing, as_bytes, storing
 
 _COPY_CHUNK = 1 << 20
 
@@ -33,13 +34,11 @@ class Written(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Bytes that stand in their shard, to be hashed in turn."""
+    """Bytes that stand in their shard, to be hashed in turn; then `done` is called."""
 
     writer: ShardWriter
-    place: Place
     buffer: memoryview
-    facts: TileFacts | None = None
-    overflown: bool = False
+    done: Callable[[], None] | None = None
 
 
 _Task = Callable[[], "_Chunk | Callable[[], None]"]  # a chunk, or what to do once all before it are done
@@ -56,18 +55,12 @@ def write_shards(
 ) -> Written:
     """Writes all shards into the folder; at most `window` tiles are in memory at a time."""
     keep_freed_memory()
-    digests: list[Digest] = []
-    facts: dict[str, list[TileFacts]] = defaultdict(list)
-    sizes: dict[str, int] = {}
-    overflown: dict[str, None] = {}
+    written = _Writing(folder, device, bar)
     with (
         ExitStack() as opened,  # what a failed run leaves open is closed once its workers have ended
+        ThreadPoolExecutor(1, thread_name_prefix="digest") as hashing,
         plain_arithmetic(),
-        in_order(
-            _tasks(shards, folder, device, opened, lambda writer: digests.append(writer.digest())),
-            num_workers(),
-            window,
-        ) as done,
+        in_order(written.tasks(shards, opened, hashing), num_workers(), window) as done,
     ):
         for chunk in done:
             if not isinstance(chunk, _Chunk):
@@ -75,75 +68,111 @@ def write_shards(
                 continue
             chunk.writer.hashed(chunk.buffer)
             bar.advance(len(chunk.buffer))
-            if chunk.overflown:
-                overflown[chunk.place.slot.name] = None
-            if chunk.facts:
-                facts[chunk.place.slot.name].append(chunk.facts)
-                sizes[chunk.place.slot.name] = chunk.place.weight.num_rows * chunk.place.weight.num_columns
-    statistics = {name: Statistics.gathered(sizes[name], facts[name]) for name in facts}
-    return Written(digests, statistics, list(overflown))
+            if chunk.done:
+                chunk.done()
+    digests = [future.result() for future in written.digests]
+    return Written(digests, written.statistics, list(written.overflown))
 
 
-def _tasks(
-    shards: Iterable[PlannedShard],
-    folder: Path,
-    device: str,
-    opened: ExitStack,
-    finished: Callable[[ShardWriter], None],
-) -> Iterator[_Task]:
-    for shard in shards:
-        original = shard.original.file if shard.original else None
-        writer = ShardWriter(folder / shard.name, shard.header, shard.size, original)
-        opened.callback(writer.close)
-        for place in shard.places:
-            chunks = _copies if place.action is Action.copied else _tiles
-            weight = opened.enter_context(ExitStack())
-            yield from chunks(place, writer, device, weight)
-            yield partial(_then, weight.close)
-        yield partial(_then, partial(finished, writer))
-        yield partial(_then, writer.close)
+class _Writing:
+    """A pass: its tasks, and what they find."""
+
+    def __init__(self, folder: Path, device: str, bar: Progress) -> None:
+        self._folder, self._device, self._bar = folder, device, bar
+        self.digests: list[Future[Digest]] = []
+        self.statistics: dict[str, Statistics] = {}
+        self.overflown: dict[str, None] = {}
+
+    def tasks(self, shards: Iterable[PlannedShard], opened: ExitStack, hashing: Executor) -> Iterator[_Task]:
+        for shard in shards:
+            original = shard.original.file if shard.original else None
+            path = self._folder / shard.name
+            writer = ShardWriter(path, shard.header, shard.size, original, shard.in_order)
+            opened.callback(writer.close)
+            late: dict[str, memoryview] = {}
+            for place in shard.places:
+                weight = opened.enter_context(ExitStack())
+                if place.action is Action.copied:
+                    yield from _copies(place, writer, weight)
+                else:
+                    yield from self._tiles(place, writer, weight, late)
+                yield partial(_then, weight.close)
+            if any(slot.late for slot in shard.slots):
+                yield partial(_then, partial(self._complete, shard, writer, late))
+            yield partial(_then, partial(self._finished, writer, hashing))
+
+    def _finished(self, writer: ShardWriter, hashing: Executor) -> None:
+        """A shard is written: what remains to hash of it is hashed while the next one is."""
+        writer.close()
+        self.digests.append(hashing.submit(writer.digest))
+
+    def _tiles(
+        self, place: Place, writer: ShardWriter, opened: ExitStack, late: dict[str, memoryview]
+    ) -> Iterator[_Task]:
+        if not place.slot.length:
+            return
+        stored, grid = opened.enter_context(storing(place, self._device)), place.grid
+
+        def tile(start: int, stop: int, sampled: bool) -> _Chunk:
+            made = stored.tile(start, stop, sampled)
+            writer.write(place.slot.offset + made.offset, made.buffer)
+            return _Chunk(writer, made.buffer, partial(self._made, stored, made._replace(buffer=_NOTHING)))
+
+        for number, (start, stop) in enumerate(grid):
+            yield partial(tile, start, stop, is_sampled(number, len(grid)))
+        yield partial(_then, partial(self._stored, stored, writer, late))
+
+    def _made(self, stored: Storing, made: Made) -> None:
+        stored.done(made)
+        if made.overflown:
+            self.overflown[stored.place.weight.name] = None
+
+    def _stored(self, stored: Storing, writer: ShardWriter, late: dict[str, memoryview]) -> None:
+        """All tiles of a weight are written: its statistics, and the tensors beside its codes."""
+        if statistics := stored.statistics():
+            self.statistics[stored.place.weight.name] = statistics
+        slots = {slot.name: slot for slot in stored.place.others}
+        for name, tensor in stored.finish().items():
+            buffer, slot = as_bytes(tensor), slots[name]
+            self._bar.advance(len(buffer))
+            if slot.late:
+                late[name] = buffer
+                continue
+            assert len(buffer) == slot.length, f"{name} has {len(buffer)} bytes, not {slot.length}"
+            writer.write(slot.offset, buffer)
+
+    def _complete(self, shard: PlannedShard, writer: ShardWriter, late: dict[str, memoryview]) -> None:
+        """The late tensors one after the other, and the header that knows where they are."""
+        slots = shard.slots
+        end = next(slot.offset for slot in slots if slot.late)
+        for slot in (slot for slot in slots if slot.late):
+            assert len(late[slot.name]) <= slot.length
+            writer.write(end, late[slot.name])
+            end += len(late[slot.name])
+        writer.complete(shard.final_header({name: len(buffer) for name, buffer in late.items()}), end)
+
+
+_NOTHING = memoryview(b"")
 
 
 def _then(action: Callable[[], None]) -> Callable[[], None]:
     return action
 
 
-def _copies(place: Place, writer: ShardWriter, device: str, opened: ExitStack) -> Iterator[_Task]:
+def _copies(place: Place, writer: ShardWriter, opened: ExitStack) -> Iterator[_Task]:
+    """The bytes of a weight as they stand in the base's files, whatever holds it."""
     source = place.weight.source
-    assert source is not None
-    descriptor = opened.enter_context(source.extent.file.opened())
+    entries = place.form.entries if isinstance(place.form, Held) else (source,)
+    for entry, slot in zip(entries, place.slots, strict=True):
+        assert entry is not None
+        descriptor = opened.enter_context(entry.extent.file.opened())
 
-    def copy(start: int, stop: int) -> _Chunk:
-        buffer = memoryview(bytearray(stop - start))
-        read_into(descriptor, source.extent.offset + start, buffer)
-        if not writer.cloned:
-            writer.write(place.slot.offset + start, buffer)
-        return _Chunk(writer, place, buffer)
+        def copy(start: int, stop: int, entry: Entry, slot: Slot, descriptor: int) -> _Chunk:
+            buffer = memoryview(bytearray(stop - start))
+            read_into(descriptor, entry.extent.offset + start, buffer)
+            if not writer.cloned:
+                writer.write(slot.offset + start, buffer)
+            return _Chunk(writer, buffer)
 
-    for start in range(0, place.slot.length, _COPY_CHUNK):
-        yield partial(copy, start, min(start + _COPY_CHUNK, place.slot.length))
-
-
-def _tiles(place: Place, writer: ShardWriter, device: str, opened: ExitStack) -> Iterator[_Task]:
-    if not place.slot.length:
-        return
-    tiles = opened.enter_context(place.weight.open(device))
-    grid = place.grid
-    for number, (start, stop) in enumerate(grid):
-        yield partial(_tile, place, writer, tiles, start, stop, is_sampled(number, len(grid)))
-
-
-def _tile(place: Place, writer: ShardWriter, tiles: Tiles, start: int, stop: int, sampled: bool) -> _Chunk:
-    import torch
-
-    slot = place.slot
-    tile = tiles(start, stop)
-    stored = round_to(tile.value, slot.dtype)
-    facts, overflown = None, False
-    if tile.delta is None:
-        overflown = not is_finite(stored) and bool((tile.value.isfinite() & ~stored.isfinite()).any())
-    else:
-        facts = tile_facts(stored, tile.base, round_to(tile.base, slot.dtype), tile.delta, sampled)
-    buffer = memoryview(stored.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    writer.write(slot.offset + start * (slot.length // place.weight.num_rows), buffer)
-    return _Chunk(writer, place, buffer, facts, overflown)
+        for start in range(0, slot.length, _COPY_CHUNK):
+            yield partial(copy, start, min(start + _COPY_CHUNK, slot.length), entry, slot, descriptor)

@@ -25,20 +25,33 @@ from transformers import PreTrainedModel
 from pipeline.ground.report import Report
 from tests.models import tensors
 from tests.running import merge
+from tests.tolerance import (
+    OTHER_ORDER_ULPS,
+    ROUNDED_DELTA_ULPS,
+    TIPPED_ULPS,
+    num_different,
+    ulps_apart,
+    within_half_ulp,
+)
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 State = dict[str, torch.Tensor]
 
 
 class Beside(Enum):
-    """How PEFT's merge into 16 bits stands beside ours; into float32 all but the norms are the same bits."""
+    """How far PEFT's merge may be from ours, in units of the last place: into float32, into 16 bits."""
 
-    bits = "bits"
+    bits = (0.0, 0.0)
     """the same bits"""
-    delta_rounded = "PEFT rounds the delta too"
+    delta_rounded = (0.0, ROUNDED_DELTA_ULPS)
     """PEFT casts the delta to the base's dtype before it adds it, so it rounds twice"""
-    norms = "norms"
-    """norms over columns, which we sum in float64 and by blocks, PEFT in float32"""
+    order = (OTHER_ORDER_ULPS, TIPPED_ULPS)
+    """a float32 sum of another order: column norms, which we take by blocks in float64; convolutions"""
+
+    def bound(self, dtype: torch.dtype) -> float:
+        return self.value[0 if dtype == torch.float32 else 1]
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,8 @@ class Case:
     """tokens that the embeddings were resized to before training"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """what our run is told besides"""
+    rewrite: Callable[[Path], None] = lambda folder: None
+    """what another writer than PEFT 0.21 would have done: changes the folder that has base and adapter"""
 
 
 @dataclass(frozen=True)
@@ -59,8 +74,10 @@ class Merges:
     """What came of a case: tensors by the names that files have."""
 
     folder: Path
+    dtype: str
     report: Report
     base: State
+    adapter: State
     ours: State
     theirs: State
     exact: State
@@ -68,12 +85,50 @@ class Merges:
     @property
     def different(self) -> list[str]:
         """Weights whose values differ between PEFT and us."""
-        return [name for name, value in self.theirs.items() if not torch.equal(self.ours[name], value)]
+        return [name for name, value in self.theirs.items() if num_different(self.ours[name], value)]
 
     @property
     def changed(self) -> list[str]:
-        """Weights that the adapter changes."""
-        return [n for n, v in self.base.items() if n in self.ours and not torch.equal(self.ours[n], v)]
+        """Weights of the base that are not what they were."""
+        return [
+            name
+            for name, value in self.base.items()
+            if self.ours[name].shape != value.shape or num_different(self.ours[name], value)
+        ]
+
+    @property
+    def apart(self) -> float:
+        """The largest difference between PEFT and us, in units of the last place of what is summed."""
+        return max((self._apart(name) for name in self.different), default=0.0)
+
+    def _apart(self, name: str) -> float:
+        exact = self.exact[name]
+        W = self.before(name)
+        size = torch.stack([W.abs(), exact.abs(), (exact - W).abs()]).amax(0)
+        return ulps_apart(self.ours[name], self.theirs[name], size, self.dtype)
+
+    def before(self, name: str) -> torch.Tensor:
+        """What a delta is added to, in float64: the base's weight, or the one that the adapter holds."""
+        held = self.adapter.get(f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight")
+        before = self.base.get(name) if held is None else held
+        if before is None or before.shape != self.exact[name].shape:
+            return self.exact[name]
+        return before.double()
+
+    def off(self, state: State, exact: State | None = None) -> list[str]:
+        """Weights that are not the float64 merge rounded once, after a float32 sum."""
+        return [
+            name
+            for name, value in (exact or self.exact).items()
+            if not within_half_ulp(state[name], value.double(), self.dtype, self._terms(name, value.double()))
+        ]
+
+    def _terms(self, name: str, exact: torch.Tensor) -> torch.Tensor:
+        """|W| and the norm of the delta's row, which stands for |B| |A|."""
+        W = self.before(name)
+        return W.abs() + (exact - W).flatten(1 if W.dim() > 1 else 0).norm(dim=-1).view(
+            -1, *[1] * (W.dim() - 1)
+        )
 
 
 def merges(case: Case, folder: Path, dtype: torch.dtype, tokens: int = 0) -> Merges:
@@ -84,15 +139,18 @@ def merges(case: Case, folder: Path, dtype: torch.dtype, tokens: int = 0) -> Mer
         report = merge(folder / "base", folder / "adapter", folder / "out", **settings)
         theirs = merged_by_peft(case, folder, dtype)
         exact = merged_by_peft(case, folder, torch.float64)
-    return Merges(folder, report, tensors(folder / "base"), tensors(folder / "out"), theirs, exact)
+    base, adapter, ours = (tensors(folder / name) for name in ("base", "adapter", "out"))
+    return Merges(folder, NAMES[dtype], report, base, adapter, ours, theirs, exact)
 
 
 def write(case: Case, folder: Path, dtype: torch.dtype) -> None:
     """The base as transformers writes it and a random adapter for it, as PEFT writes it."""
     torch.manual_seed(0)
     write_base(case.make().to(dtype), folder / "base")
-    tuned = get_peft_model(_load(case, folder / "base", dtype), case.config())
+    tuned = get_peft_model(load_base(case, folder / "base", dtype), case.config())
+    tuned.save_pretrained(folder / "first")
     with_noise(tuned).save_pretrained(folder / "adapter")
+    case.rewrite(folder)
 
 
 def with_noise(tuned: PeftModel, size: float = 0.05, seed: int = 1) -> PeftModel:
@@ -104,10 +162,10 @@ def with_noise(tuned: PeftModel, size: float = 0.05, seed: int = 1) -> PeftModel
     return tuned
 
 
-def write_base(model: nn.Module, folder: Path) -> Path:
-    """A checkpoint folder of it; one that is no model of transformers is of no model type."""
+def write_base(model: nn.Module, folder: Path, **options: Any) -> Path:
+    """A checkpoint folder of it; one that is no model of transformers is of the type that it says."""
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **options)
         return folder
     folder.mkdir(parents=True)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -116,27 +174,31 @@ def write_base(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def load_base(made: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """What stands in the folder as a model like `made`."""
-    if isinstance(made, PreTrainedModel):
-        loaded: nn.Module = type(made).from_pretrained(folder, dtype=dtype)
-        return loaded
-    made.load_state_dict(tensors(folder))
-    return made.to(dtype)
-
-
-def _load(case: Case, folder: Path, dtype: torch.dtype) -> Any:
-    model: Any = load_base(case.make(), folder, dtype)
+def load_base(case: Case, folder: Path, dtype: torch.dtype) -> Any:
+    """The base of a folder as it was when the adapter was made for it: with as many tokens."""
+    made = case.make()
+    if not isinstance(made, PreTrainedModel):
+        made.load_state_dict(tensors(folder))
+        return made.to(dtype)
+    model: Any = type(made).from_pretrained(folder, dtype=dtype)
     if case.vocabulary:
         torch.manual_seed(2)
         model.resize_token_embeddings(case.vocabulary, mean_resizing=False)
     return model
 
 
-def merged_by_peft(case: Case, folder: Path, dtype: torch.dtype, **options: Any) -> State:
+def loaded_by_peft(case: Case, folder: Path, dtype: torch.dtype) -> PeftModel:
+    """Base and adapter as PEFT loads them, unmerged."""
+    config = PeftConfig.from_pretrained(str(folder / "adapter"))
+    if getattr(config, "init_lora_weights", None) == "mica":  # it refuses float64, and the file holds all
+        config.init_lora_weights = True
+    model = load_base(case, folder / "base", dtype)
+    return PeftModel.from_pretrained(model, str(folder / "adapter"), config=config)
+
+
+def merged_by_peft(case: Case, folder: Path, dtype: torch.dtype) -> State:
     """What PEFT's default merge gives, by the names of the files that it would be saved to."""
-    model = PeftModel.from_pretrained(_load(case, folder / "base", dtype), str(folder / "adapter"))
-    merged: Any = model.merge_and_unload(**options)
+    merged: Any = loaded_by_peft(case, folder, dtype).merge_and_unload()
     if not isinstance(merged, PreTrainedModel):
         return {name: value.detach() for name, value in merged.state_dict().items()}
     target = folder / f"peft-{NAMES[dtype]}"

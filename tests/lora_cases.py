@@ -1,6 +1,6 @@
 """What peft_type LORA can be, each on a small model: the rows of the tests and of benchmarks/parity.py.
 
-PEFT merges all of these rightly; what it merges wrongly is in tests/stages/test_lora_defects.py.
+PEFT merges these rightly; what it merges wrongly is in tests/peft_defects.py.
 """
 
 from __future__ import annotations
@@ -130,10 +130,12 @@ def stacked(*shape: int, **options: Any) -> Callable[[], nn.Module]:
 ONE = bare(target_parameters=["experts.gate_up_proj"])
 CONVOLUTIONS = ("line", "plane", "point", "space")
 CONV1D = ["c_attn", "c_proj", "c_fc"]
-DELTA = Beside.delta_rounded
+ENDS = ["embed_tokens", "lm_head"]
+TIED = llama(tie_word_embeddings=True)
+BIASED = with_biases(llama(attention_bias=True))
+DELTA, ORDER = Beside.delta_rounded, Beside.order
 
-CASES: dict[str, Case] = {
-    # Linear layers
+LINEAR_LAYERS: dict[str, Case] = {
     "linear": Case(llama(), lora()),
     "rslora": Case(llama(), lora(use_rslora=True)),
     "patterns": Case(
@@ -143,13 +145,13 @@ CASES: dict[str, Case] = {
             alpha_pattern={"down_proj": 3, "self_attn.*": -5},
         ),
     ),
-    "layers": Case(llama(), lora(target_modules=["q_proj", "up_proj"], layers_to_transform=[1])),
-    "pattern": Case(llama(), lora(target_modules=r".*\.1\.(self_attn\.[qk]|mlp\.up)_proj")),
-    "all-linear": Case(llama(), lora(target_modules="all-linear", exclude_modules=["o_proj"])),
-    "gaussian": Case(llama(), lora(init_lora_weights="gaussian")),
-    "orthogonal": Case(llama(), lora(init_lora_weights="orthogonal")),
-    "eva": Case(llama(), lora(init_lora_weights="eva")),
-    "mica": Case(llama(), lora(init_lora_weights="mica")),
+    "some layers": Case(llama(), lora(target_modules=["q_proj", "up_proj"], layers_to_transform=[1])),
+    "by pattern": Case(llama(), lora(target_modules=r".*\.1\.(self_attn\.[qk]|mlp\.up)_proj")),
+    "all-linear but one": Case(llama(), lora(target_modules="all-linear", exclude_modules=["o_proj"])),
+    "init gaussian": Case(llama(), lora(init_lora_weights="gaussian")),
+    "init orthogonal": Case(llama(), lora(init_lora_weights="orthogonal")),
+    "init eva": Case(llama(), lora(init_lora_weights="eva")),
+    "init mica": Case(llama(), lora(init_lora_weights="mica")),
     "velora": Case(llama(), lora(velora_config=VeloraConfig())),
     "monteclora": Case(llama(), lora(monteclora_config=MontecloraConfig())),
     "bdlora": Case(
@@ -164,25 +166,20 @@ CASES: dict[str, Case] = {
     ),
     "dora": Case(llama(), lora(use_dora=True)),
     "dora rslora": Case(llama(), lora(use_dora=True, use_rslora=True)),
-    # Conv1D, which lies transposed
+}
+OTHER_LAYERS: dict[str, Case] = {
     "conv1d": Case(with_biases(gpt2), lora(target_modules=CONV1D, fan_in_fan_out=True)),
     "conv1d dora": Case(
-        with_biases(gpt2), lora(target_modules=CONV1D, fan_in_fan_out=True, use_dora=True), Beside.norms
+        with_biases(gpt2), lora(target_modules=CONV1D, fan_in_fan_out=True, use_dora=True), ORDER
     ),
-    # Embeddings
-    "embeddings": Case(llama(), lora(target_modules=["embed_tokens", "lm_head"]), DELTA),
-    "embeddings dora": Case(
-        llama(), lora(target_modules=["embed_tokens", "lm_head"], use_dora=True), Beside.norms
-    ),
-    "embeddings resized": Case(
-        llama(), lora(target_modules=["embed_tokens", "lm_head", "q_proj"]), DELTA, vocabulary=93
-    ),
-    # Convolutions
-    "convolutions": Case(convolutions, bare(*CONVOLUTIONS)),
-    "convolutions dora": Case(convolutions, bare(*CONVOLUTIONS, use_dora=True)),
-    # Bare parameters
+    "embeddings": Case(llama(), lora(target_modules=ENDS), DELTA),
+    "embeddings dora": Case(llama(), lora(target_modules=ENDS, use_dora=True), ORDER),
+    "convolutions": Case(convolutions, bare(*CONVOLUTIONS), ORDER),
+    "convolutions dora": Case(convolutions, bare(*CONVOLUTIONS, use_dora=True), ORDER),
+}
+PARAMETERS: dict[str, Case] = {
     "experts": Case(mixtral, lora(target_modules=["q_proj"], target_parameters=EXPERTS), DELTA),
-    "experts one parameter": Case(mixtral, lora(target_modules=None, target_parameters=EXPERTS[1:]), DELTA),
+    "experts one parameter": Case(mixtral, lora(target_modules=[], target_parameters=EXPERTS[1:]), DELTA),
     "experts rslora": Case(
         mixtral,
         lora(
@@ -196,33 +193,57 @@ CASES: dict[str, Case] = {
     "experts (out, in)": Case(stacked(3, 16, 8), ONE, DELTA),
     "experts (in, out)": Case(stacked(3, 16, 8, is_transposed=True), ONE, DELTA),
     "experts square": Case(stacked(3, 8, 8, model_type="qwen3_moe"), ONE, DELTA),
-    "experts square (in, out)": Case(
-        stacked(3, 8, 8, is_transposed=True, model_type="gpt_oss"), ONE, DELTA
-    ),
+    "experts square (in, out)": Case(stacked(3, 8, 8, is_transposed=True, model_type="gpt_oss"), ONE, DELTA),
     "one expert": Case(stacked(1, 16, 8), ONE, DELTA),
-    "parameter of a layer": Case(
-        llama(), lora(target_modules=None, target_parameters=["q_proj.weight", "down_proj.weight"]), DELTA
-    ),
-    # Biases
-    "lora_bias": Case(
-        with_biases(llama(attention_bias=True)), lora(target_modules=["q_proj", "o_proj"], lora_bias=True)
-    ),
-    "bias all": Case(
-        with_biases(llama(attention_bias=True)), lora(target_modules=["q_proj", "up_proj"], bias="all")
-    ),
-    "bias lora_only": Case(
-        with_biases(llama(attention_bias=True)), lora(target_modules=["q_proj", "up_proj"], bias="lora_only")
-    ),
-    "bias all conv1d": Case(
-        with_biases(gpt2), lora(target_modules=CONV1D, fan_in_fan_out=True, bias="all")
-    ),
-    # Whole modules and token rows
-    "modules_to_save": Case(llama(), lora(modules_to_save=["embed_tokens", "lm_head", "model.norm"])),
+    "parameter of two dimensions": Case(stacked(16, 8), ONE, DELTA),
+}
+BESIDE_LORA: dict[str, Case] = {
+    "lora_bias": Case(BIASED, lora(target_modules=["q_proj", "o_proj"], lora_bias=True)),
+    "bias all": Case(BIASED, lora(target_modules=["q_proj", "up_proj"], bias="all")),
+    "bias lora_only": Case(BIASED, lora(target_modules=["q_proj", "up_proj"], bias="lora_only")),
+    "bias all conv1d": Case(with_biases(gpt2), lora(target_modules=CONV1D, fan_in_fan_out=True, bias="all")),
+    "modules_to_save": Case(llama(), lora(modules_to_save=[*ENDS, "model.norm"])),
     "tokens": Case(llama(), lora(trainable_token_indices=[3, 77, 60])),
+    "tokens of both": Case(
+        llama(), lora(trainable_token_indices={"embed_tokens": [3, 77], "lm_head": [1, 2, 79]})
+    ),
     "tokens alone": Case(
         llama(), lambda: TrainableTokensConfig(token_indices=[79, 0, 5], task_type="CAUSAL_LM")
     ),
-    "resized": Case(llama(), lora(), vocabulary=93),
-    "cut": Case(llama(), lora(), vocabulary=71),
-    "resized, saved": Case(llama(), lora(modules_to_save=["embed_tokens", "lm_head"]), vocabulary=93),
+}
+RESIZED: dict[str, Case] = {
+    "larger vocabulary": Case(llama(), lora(), vocabulary=93),
+    "smaller vocabulary": Case(llama(), lora(), vocabulary=71),
+    "larger, both trained": Case(llama(), lora(target_modules=[*ENDS, "q_proj"]), DELTA, vocabulary=93),
+    "larger, both saved": Case(llama(), lora(modules_to_save=ENDS), vocabulary=93),
+    "larger, tokens": Case(llama(), lora(trainable_token_indices=[3, 92]), vocabulary=93),
+    "larger, tied": Case(TIED, lora(), vocabulary=93),
+    "larger, tied, tokens": Case(TIED, lora(trainable_token_indices=[3, 92]), vocabulary=93),
+    "larger, tied, tokens alone": Case(
+        TIED, lambda: TrainableTokensConfig(token_indices=[92, 5], task_type="CAUSAL_LM"), vocabulary=93
+    ),
+    "larger, tied, both saved": Case(TIED, lora(modules_to_save=ENDS), vocabulary=93),
+    "larger, tied, embeddings saved": Case(TIED, lora(modules_to_save=ENDS[:1]), vocabulary=93),
+    "larger, tied, saved as one": Case(
+        TIED, lora(modules_to_save=ENDS[:1], ensure_weight_tying=True), vocabulary=93
+    ),
+}
+TIED_RIGHTLY: dict[str, Case] = {
+    "tied, head saved": Case(TIED, lora(modules_to_save=ENDS[1:])),
+    "tied, embeddings saved": Case(TIED, lora(modules_to_save=ENDS[:1])),
+    "tied, both saved": Case(TIED, lora(modules_to_save=ENDS)),
+    "tied, saved as one": Case(TIED, lora(modules_to_save=ENDS[:1], ensure_weight_tying=True)),
+    "tied, tokens": Case(TIED, lora(trainable_token_indices=[3, 77])),
+    "tied, tokens by name": Case(TIED, lora(trainable_token_indices={"embed_tokens": [3, 77]})),
+    "tied, tokens alone": Case(
+        TIED, lambda: TrainableTokensConfig(token_indices=[79, 5], task_type="CAUSAL_LM")
+    ),
+}
+CASES: dict[str, Case] = {
+    **LINEAR_LAYERS,
+    **OTHER_LAYERS,
+    **PARAMETERS,
+    **BESIDE_LORA,
+    **RESIZED,
+    **TIED_RIGHTLY,
 }

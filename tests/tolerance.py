@@ -17,6 +17,18 @@ FLOAT64_SLACK = 2.0**-50
 # share of the largest one: two last places, 2^-23, for each of 2 * 16 steps.
 FLOAT32_FFT = 2.0**-17
 
+# Two merges of one adapter are compared in units of the last place of the largest of base, delta and
+# result: where the first two nearly cancel, the result's own last place says nothing of either.
+#
+# PEFT adds some deltas only after it has cast them to the base's dtype: half a unit there, and half a unit
+# for each of the two results.
+ROUNDED_DELTA_ULPS = 1.5
+# Two float32 computations of one formula in other orders (torch's convolution against a product, norms in
+# float32 against float64), each within FLOAT32_SLACK: 2^-20 of the terms, whose last place is 2^-24 of them.
+OTHER_ORDER_ULPS = 16.0
+# The same rounded to 16 bits: where a rounding tips over.
+TIPPED_ULPS = 1.0
+
 # Relative error of a sum that torch takes in float32 over up to a million elements of one sign (norms).
 FLOAT32_SUM = 1e-4
 
@@ -40,6 +52,13 @@ def within_half_ulp(stored: torch.Tensor, exact: torch.Tensor, dtype: str, size:
 def worst_ulp(stored: torch.Tensor, exact: torch.Tensor, dtype: str) -> float:
     """Largest distance in units of the last place."""
     return float(((stored.double() - exact).abs() / ulp(exact, dtype)).max())
+
+
+def ulps_apart(one: torch.Tensor, other: torch.Tensor, size: torch.Tensor, dtype: str) -> float:
+    """Largest difference of two results, in units of the last place of what they are sums of."""
+    if not one.numel():
+        return 0.0
+    return float(((one.double() - other.double()).abs() / ulp(size.double(), dtype)).max())
 
 
 def num_different(one: torch.Tensor, other: torch.Tensor) -> int:

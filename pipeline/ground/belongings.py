@@ -15,8 +15,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 _CODES = (".absmax", ".quant_state", ".qweight", ".qzeros", ".SCB", "_blocks", ".weight_packed")
 _SHAPING = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "intermediate_size", "rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "hidden_act",
-    "sliding_window", "num_experts", "num_local_experts", "num_experts_per_tok",
+    "head_dim", "intermediate_size", "rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
+    "hidden_act", "sliding_window", "num_experts", "num_local_experts", "num_experts_per_tok",
 )  # fmt: skip
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")

@@ -217,7 +217,7 @@ def swapped(samples: Sequence[Sample]) -> dict[str, str]:
     deltas, moved = (torch.stack([t.flatten()[:_GLANCE] for t in ts]) for ts in _differences(taken))
     targets = torch.stack([(s.base + s.delta).flatten()[:_GLANCE] for s in taken if s.delta is not None])
     stored = torch.stack([s.stored.flatten()[:_GLANCE] for s in taken])
-    found = {}
+    found: dict[str, str] = {}
     for ours, theirs, enough in ((moved, deltas, _ALIKE), (stored, targets, 0.999)):
         rows, others = (t / t.norm(dim=1, keepdim=True).clamp_min(1e-300) for t in (ours, theirs))
         best = (rows @ others.T).max(1)

@@ -57,19 +57,19 @@ def compare(models: Models, text: str, num_tokens: int, prompt: str | None, devi
     """Runs base, base + adapter and merged model on the same tokens."""
     import torch
 
-    with _quiet(), torch.inference_mode():
-        config, tokenizer, cls = _prepare(models.merged)
+    with quiet(), torch.inference_mode():
+        config, tokenizer, cls = prepare(models.merged)
         assumed: list[str] = []
-        tokens = _tokens(tokenizer, text, config, num_tokens, assumed)
+        tokens = tokens_of(tokenizer, text, config, num_tokens, assumed)
         try:
             with working("comparing logits: base and adapter"):
-                adapted = _adapted(models, cls, device)
-                with_adapter, second = _outputs(adapted, tokens), _answer(adapted, tokenizer, prompt)
-                with adapted.disable_adapter():
-                    without, first = _outputs(adapted, tokens), _answer(adapted, tokenizer, prompt)
+                with_lora = adapted(models, cls, device)
+                with_adapter, second = outputs(with_lora, tokens), _answer(with_lora, tokenizer, prompt)
+                with with_lora.disable_adapter():
+                    without, first = outputs(with_lora, tokens), _answer(with_lora, tokenizer, prompt)
         except Exception as error:  # whatever transformers or PEFT raise about base and adapter
             raise CannotCompare(_reason(error)) from error
-        del adapted
+        del with_lora
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -80,12 +80,12 @@ def compare(models: Models, text: str, num_tokens: int, prompt: str | None, devi
                     .eval()
                     .to(device)
                 )
-                with_merged, third = _outputs(merged, tokens), _answer(merged, tokenizer, prompt)
+                with_merged, third = outputs(merged, tokens), _answer(merged, tokenizer, prompt)
         except (MemoryError, torch.OutOfMemoryError) as error:  # says nothing about the merge
             raise CannotCompare(_reason(error)) from error
         except Exception as error:
             raise MergedDoesNotRun(_reason(error)) from error
-        figures = _compared(with_adapter, without, with_merged)
+        figures = compared(with_adapter, without, with_merged)
     answers = {"base": first, "adapter": second, "merged": third}
     said = {"prompt": prompt, **answers} if prompt and None not in answers.values() else None
     return Outcome({**figures, "tokens": tokens.numel()}, said, assumed)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def memory_free(device: str) -> int:
     return free
 
 
-def _prepare(folder: Path) -> tuple[Any, Any, Any]:
+def prepare(folder: Path) -> tuple[Any, Any, Any]:
     import transformers
 
     kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
@@ -135,7 +135,7 @@ def _prepare(folder: Path) -> tuple[Any, Any, Any]:
     return config, tokenizer, cls
 
 
-def _tokens(tokenizer: Any, text: str, config: Any, count: int, assumed: list[str]) -> Tensor:
+def tokens_of(tokenizer: Any, text: str, config: Any, count: int, assumed: list[str]) -> Tensor:
     """`(sequences, SEQUENCE)` token ids of the text; random ones where there is no tokenizer."""
     import torch
 
@@ -160,7 +160,7 @@ def _longest(config: Any) -> int:
     return min(SEQUENCE, max(int(most) - 2, 1))  # RoBERTa's positions begin at 2
 
 
-def _adapted(models: Models, cls: type, device: str) -> Any:
+def adapted(models: Models, cls: type, device: str) -> Any:
     from peft import PeftModel
 
     model = None
@@ -186,7 +186,7 @@ def _adapted(models: Models, cls: type, device: str) -> Any:
     return model.eval().to(device)
 
 
-def _outputs(model: Any, tokens: Tensor) -> Tensor:
+def outputs(model: Any, tokens: Tensor) -> Tensor:
     """`(positions, classes)` log-probabilities; of a model without a head, its hidden states; on the CPU."""
     import torch
 
@@ -199,7 +199,7 @@ def _outputs(model: Any, tokens: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _compared(adapter: Tensor, base: Tensor, merged: Tensor) -> dict[str, Any]:
+def compared(adapter: Tensor, base: Tensor, merged: Tensor) -> dict[str, Any]:
     """KL figures and agreement; `ratio` = KL(adapter||merged) / KL(adapter||base) with its 95 % interval."""
     import torch
 
@@ -268,7 +268,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str | None) -> str | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the libraries' warnings and bars off the terminal; what matters is in the report."""
     import warnings
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -50,11 +50,19 @@ class Model:
 
     places: Mapping[str, Place]
     modules: tuple[str, ...]
-    tied: frozenset[str] = field(default_factory=frozenset)
 
 
 def in_memory(config: Mapping[str, Any]) -> Model | None:
     """The model that transformers makes of this config.json, without weights; None where it cannot."""
+    model = empty_model(config)
+    if model is None:
+        return None
+    places = {canonical(f"{p.module}.{p.parameter}"): p for p in _places(model)}
+    return Model(places, tuple(name for name, _ in model.named_modules()))
+
+
+def empty_model(config: Mapping[str, Any]) -> Any:
+    """The same model itself, on torch's meta device."""
     import torch
     import transformers
 
@@ -66,13 +74,11 @@ def in_memory(config: Mapping[str, Any]) -> Model | None:
     transformers.utils.logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            model = cls(transformers.AutoConfig.for_model(**config))
+            return cls(transformers.AutoConfig.for_model(**config))
     except Exception:  # whatever transformers makes of a config that it does not like
         return None
     finally:
         transformers.utils.logging.set_verbosity(level)
-    places = {canonical(f"{p.module}.{p.parameter}"): p for p in _places(model)}
-    return Model(places, tuple(name for name, _ in model.named_modules()))
 
 
 def _places(model: Any) -> Iterator[Place]:

@@ -35,6 +35,21 @@ def renamed(module: str, renames: Mapping[str, str]) -> str:
     return module
 
 
+# Models whose layers are Conv1D, which hold their weights as (in, out), and how those layers are called.
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_sw3"})
+_CONV1D_LAYERS = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+
+
+def is_conv1d_layer(weight: str) -> bool:
+    """Whether a weight is called as those of Conv1D layers are."""
+    return bool(set(weight.split(".")[-2:-1]) & _CONV1D_LAYERS)
+
+
+def is_conv1d(model_type: str | None, weight: str, shape: tuple[int, ...]) -> bool:
+    """Whether a model's weight lies as (in, out)."""
+    return model_type in _CONV1D_MODELS and len(shape) == 2 and is_conv1d_layer(weight)
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """'; did you mean X' for the name most like this one, or nothing."""
     close = get_close_matches(name, list(names), n=1, cutoff=0.75)

@@ -23,7 +23,6 @@ from pipeline.ground.errors import Refused
 from pipeline.ground.shards import Entry
 
 FINDERS: tuple[Finder, ...] = (
-    refused.find,
     bnb4.find,
     bnb8.find,
     fp8.find,
@@ -34,6 +33,7 @@ FINDERS: tuple[Finder, ...] = (
     awq.find,
     hqq.find,
     torchao.find,
+    refused.find,
 )
 
 # What only quantized checkpoints hold: left over, it would be a scale that no decoder has used.

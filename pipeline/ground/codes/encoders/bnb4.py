@@ -128,12 +128,11 @@ def quantized(values: Tensor, kind: str, blocksize: int) -> tuple[Tensor, Tensor
     import torch
 
     full = len(values) // blocksize * blocksize
+    absmax = absmax_of(values, blocksize)
     whole, rest = values[:full].view(-1, blocksize), values[full:]
-    absmax = torch.maximum(whole.amax(1), -whole.amin(1)).abs_() if full else values.new_empty(0)
-    scaled = (whole * (1.0 / absmax.clamp(min=_LEAST))[:, None]).flatten()
+    scaled = (whole * (1.0 / absmax[: len(whole)].clamp(min=_LEAST))[:, None]).flatten()
     if len(rest):
-        last = rest.abs().max().clamp(min=_LEAST)
-        absmax, scaled = torch.cat([absmax, last[None]]), torch.cat([scaled, rest / last])
+        scaled = torch.cat([scaled, rest / absmax[-1]])
     if not bool(absmax.isfinite().all()):  # told by whoever looks at the absmax
         scaled.nan_to_num_(nan=0.0)
     first, midpoints, order = _table(kind, str(values.device))
@@ -142,6 +141,16 @@ def quantized(values: Tensor, kind: str, blocksize: int) -> tuple[Tensor, Tensor
     codes = first.index_select(0, bins)
     codes += (scaled > midpoints.index_select(0, bins)).view(torch.uint8)
     return (codes if kind == "nf4" else order.index_select(0, codes.int())), absmax
+
+
+def absmax_of(values: Tensor, blocksize: int) -> Tensor:
+    """The largest magnitude of every block of values `(n,)`, the last block perhaps short."""
+    import torch
+
+    full = len(values) // blocksize * blocksize
+    whole, rest = values[:full].view(-1, blocksize), values[full:]
+    absmax = torch.maximum(whole.amax(1), -whole.amin(1)).abs_() if full else values.new_empty(0)
+    return torch.cat([absmax, rest.abs().max().clamp(min=_LEAST)[None]]) if len(rest) else absmax
 
 
 def packed(codes: Tensor, kind: str) -> Tensor:

@@ -81,7 +81,9 @@ class Fp8Encoder(Encoder):
             def encode(rows: Tensor, start: int, stream: int | None) -> Encoded:
                 lines = self._kept(rows, start, kept) if kept else self._found(rows)
                 inverse = self.way is Way.transformers
-                values = _scaled(rows.float(), self._by_row(lines, start, len(rows)), self.grid.width, inverse)
+                values = _scaled(
+                    rows.float(), self._by_row(lines, start, len(rows)), self.grid.width, inverse
+                )
                 lines = 1.0 / lines if inverse else lines
                 values.clamp_(-self._limit, self._limit)
                 if stream is None:
@@ -166,9 +168,7 @@ class Fp8Encoder(Encoder):
         import torch
 
         values = byte_values(self.dtype, str(encoded.codes.device))
-        return decode(
-            encoded.codes.view(torch.uint8), self._scales(encoded, start), self.grid.width, values
-        )
+        return decode(encoded.codes.view(torch.uint8), self._scales(encoded, start), self.grid.width, values)
 
     def finish(self, sides: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         import torch

@@ -131,7 +131,9 @@ class KeptIntegers(Encoder):
             zero = torch.zeros_like(scale) if zeros is None else zeros.index_select(0, line)
             low, high = -(2 ** (base.bits - 1)), 2 ** (base.bits - 1) - 1
             values = _over(rows.float(), scale, zero, grid.width).clamp_(low, high).round_()
-            codes = packed((values - low).to(torch.uint8), base.bits) if base.packed else values.to(torch.int8)
+            codes = (
+                packed((values - low).to(torch.uint8), base.bits) if base.packed else values.to(torch.int8)
+            )
             return Encoded(codes, (scale, zero))
 
         yield encode

@@ -1,0 +1,292 @@
+"""recipe=verify on merges that others made: every broken one is named by its cause, no sound one refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.ground.errors import PipelineError
+from tests.models import LINEAR, tensors, write_llama, write_lora
+from tests.running import merge
+
+RANK, ALPHA = 8, 12.0
+Q = "model.layers.1.self_attn.q_proj.weight"
+Made = tuple[Path, Path, Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A base, an adapter, and a sound merge of them."""
+    folder = tmp_path_factory.mktemp("made")
+    base = write_llama(folder / "base", shard="1GB")
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer("abc")))
+    adapter = write_lora(folder / "adapter", base, r=RANK, lora_alpha=ALPHA)
+    merge(base, adapter, folder / "merged")
+    for name in ("merge.json", "report.json", "report.html"):
+        (folder / "merged" / name).unlink()  # another tool's would not be there
+    return base, adapter, folder / "merged"
+
+
+def tokenizer(tokens: str) -> dict[str, object]:
+    return {"model": {"type": "BPE", "vocab": {t: n for n, t in enumerate(tokens)}, "merges": []}}
+
+
+def verify(base: Path, adapter: Path, merged: Path) -> None:
+    merge(base, adapter, merged, save="existing", verify="standard", verify_settings={"tokens": 0})
+
+
+def causes(base: Path, adapter: Path, merged: Path, report: Path) -> str:
+    """What is told of a merge that is refused, all of it."""
+    from pipeline.door import Request, fulfil
+    from tests.running import pipeline
+
+    made = pipeline(base, adapter, merged, save="existing", verify="standard", verify_settings={"tokens": 0})
+    with pytest.raises(PipelineError, match="likely cause: "):
+        fulfil(Request(made, {}, report=report))
+    return " | ".join(json.loads(report.read_text())["causes"])
+
+
+State = dict[str, torch.Tensor]
+
+
+def changed(change: Callable[[State, State, State], None]) -> Callable[[Path, State, State], None]:
+    """A change of the merged state; given too are the base's and the exact deltas in float32."""
+
+    def on(folder: Path, base: State, deltas: State) -> None:
+        state = load_file(folder / "model.safetensors")
+        change(state, base, deltas)
+        tensors = {name: t.contiguous().clone() for name, t in state.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return on
+
+
+def scaled(factor: float, only: str = "") -> Callable[[Path, State, State], None]:
+    def change(state: State, base: State, deltas: State) -> None:
+        for name, D in deltas.items():
+            if only in name:
+                state[name] = (base[name].float() + factor * D).bfloat16()
+
+    return changed(change)
+
+
+def config(**fields: object) -> Callable[[Path, State, State], None]:
+    def on(folder: Path, base: State, deltas: State) -> None:
+        table = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**table, **fields}))
+
+    return on
+
+
+def another_base(state: State, base: State, deltas: State) -> None:
+    torch.manual_seed(5)
+    for name in state:
+        state[name] = (state[name].float() * (1 + 0.05 * torch.randn(state[name].shape))).bfloat16()
+
+
+def four_bit_base(state: State, base: State, deltas: State) -> None:
+    from pipeline.ground.diagnosis import _nf4
+
+    for name, D in deltas.items():
+        state[name] = (_nf4(base[name].double()).float() + D).bfloat16()
+
+
+def quantized_after(state: State, base: State, deltas: State) -> None:
+    from pipeline.ground.diagnosis import _nf4
+
+    for name in deltas:
+        if state[name].shape[1] % 64 == 0:
+            state[name] = _nf4(state[name].double()).bfloat16()
+
+
+def rounded_twice(state: State, base: State, deltas: State) -> None:
+    for name, D in deltas.items():
+        state[name] = base[name] + D.bfloat16()
+
+
+def through_float16(state: State, base: State, deltas: State) -> None:
+    for name in state:
+        state[name] = state[name].float()
+
+
+def lost_prefix(state: State, base: State, deltas: State) -> None:
+    for name in list(state):
+        state[name.replace("model.", "language_model.model.", 1)] = state.pop(name)
+
+
+def beside(state: State, base: State, deltas: State) -> None:
+    for name in deltas:
+        module = name.removesuffix(".weight")
+        state[f"{module}.base_layer.weight"] = base[name]
+        state[f"{module}.lora_A.default.weight"] = torch.zeros(RANK, base[name].shape[1])
+        del state[name]
+
+
+def swapped_layers(state: State, base: State, deltas: State) -> None:
+    for name in deltas:
+        other = (
+            name.replace("layers.0", "layers.x")
+            .replace("layers.1", "layers.0")
+            .replace("layers.x", "layers.1")
+        )
+        state[name] = (base[name].float() + deltas[other]).bfloat16()
+
+
+def permuted(state: State, base: State, deltas: State) -> None:
+    for name in deltas:
+        if "q_proj" in name:
+            state[name] = state[name].view(4, 2, 8, 64).transpose(1, 2).reshape(64, 64)
+
+
+def transposed(state: State, base: State, deltas: State) -> None:
+    state[Q] = (base[Q].float() + deltas[Q].T).bfloat16()
+
+
+def mixed_rank(state: State, base: State, deltas: State) -> None:
+    U, S, V = torch.linalg.svd(deltas[Q])
+    state[Q] = (base[Q].float() + (U[:, :RANK] * S[:RANK]).roll(1, 1) @ V[:RANK]).bfloat16()
+
+
+def overflown(state: State, base: State, deltas: State) -> None:
+    state[Q][0, 0] = torch.inf
+
+
+def copy_adapter(folder: Path, base: State, deltas: State) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def other_tokens(folder: Path, base: State, deltas: State) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer("acb")))
+
+
+def fewer_rows(state: State, base: State, deltas: State) -> None:
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:100]
+
+
+BROKEN: dict[str, tuple[Callable[[Path, State, State], None], str]] = {
+    "not merged at all": (scaled(0), "the adapter was not merged: every weight is the base's"),
+    "some modules not merged": (scaled(0, "v_proj"), "not merged into 2 of 14 merged weights, as model.layers.0"),
+    "merged twice": (scaled(2), "all 14 merged weights: holds 2 times the delta: merged twice"),
+    "subtracted": (scaled(-1), "subtracted instead of added"),
+    "alpha forgotten": (scaled(RANK / ALPHA), "the scale was left out (alpha forgotten)"),
+    "alpha taken for 1": (scaled(1 / ALPHA), "alpha was taken for 1"),
+    "not divided by the rank": (scaled(RANK), "alpha was not divided by the rank"),
+    "as if rank-stabilised": (scaled(RANK**0.5), "as for rslora"),
+    "too small by the root of the rank": (scaled(RANK**-0.5), "too small by sqrt(rank)"),
+    "half of it": (scaled(0.5), "holds 0.5 times the delta: a scale or weight that the recipe does not name"),
+    "added to another base": (changed(another_base), "added to another base"),
+    "added to the 4-bit base": (changed(four_bit_base), "added to the base's 4-bit (NF4) form"),
+    "quantized afterwards": (changed(quantized_after), "quantized to 4 bits after the merge"),
+    "rounded twice": (changed(rounded_twice), "the delta was rounded to BF16 before it was added"),
+    "rounded on the way": (changed(through_float16), "it was rounded to BF16 before it was stored as F32"),
+    "names of another class": (changed(lost_prefix), "weights have other names: 'language_model.model...'"),
+    "saved unmerged": (changed(beside), "call merge_and_unload first"),
+    "deltas of other layers": (changed(swapped_layers), "got what belongs to model.layers.1"),
+    "rows in rope's other order": (changed(permuted), "its rows stand in another order"),
+    "added transposed": (changed(transposed), f"{Q}: the delta is scrambled: the delta was added transposed"),
+    "rank mixed up": (changed(mixed_rank), "rows of A meet the wrong columns of B"),
+    "overflown": (changed(overflown), "holds infinite or NaN values"),
+    "adapter beside it": (copy_adapter, "the adapter's files lie beside the merged weights"),
+    "other token ids": (other_tokens, "gives 2 tokens other ids"),
+    "vocabulary cut": (changed(fewer_rows), "has 100 rows instead of 160"),
+    "retied": (config(tie_word_embeddings=True), "ties lm_head to the embeddings, but the file holds two"),
+    "another rope": (config(rope_parameters={"rope_theta": 5.0, "rope_type": "default"}), "says rope_theta 5.0"),
+    "quantization left": (config(quantization_config={"bits": 4}), "still has a quantization_config"),
+}  # fmt: skip
+
+
+def exact_deltas(adapter: Path) -> State:
+    lora = load_file(adapter / "adapter_model.safetensors")
+    modules = {name.partition(".lora_")[0] for name in lora}
+    return {
+        f"{m.removeprefix('base_model.model.')}.weight": ALPHA
+        / RANK
+        * (lora[f"{m}.lora_B.weight"] @ lora[f"{m}.lora_A.weight"])
+        for m in modules
+    }
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_merge_is_named_by_its_cause(made: Made, tmp_path: Path, name: str) -> None:
+    base, adapter, merged = made
+    breaking, said = BROKEN[name]
+    folder = shutil.copytree(merged, tmp_path / "out")
+    breaking(folder, tensors(base), exact_deltas(adapter))
+    told = causes(base, adapter, folder, tmp_path / "report.json")
+    assert said in told
+    assert "no known cause" not in told
+
+
+def test_a_cause_that_nothing_explains_is_said_to_be_unknown(made: Made, tmp_path: Path) -> None:
+    base, adapter, merged = made
+    folder = shutil.copytree(merged, tmp_path / "out")
+    changed(lambda s, b, d: s[Q][:20].zero_())(folder, tensors(base), {})  # type: ignore[func-returns-value]
+    assert "no known cause explains" in causes(base, adapter, folder, tmp_path / "report.json")
+
+
+def test_embeddings_that_were_trained_and_lost_are_named(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base", shard="1GB")
+    adapter = write_lora(
+        tmp_path / "adapter", base, r=RANK, target_modules=[*LINEAR, "embed_tokens", "lm_head"]
+    )
+    merge(base, adapter, tmp_path / "out")
+    (tmp_path / "out" / "merge.json").unlink()
+    path, plain = tmp_path / "out" / "model.safetensors", tensors(base)
+    state = load_file(path)
+    state["lm_head.weight"] = plain["lm_head.weight"]
+    save_file(state, path, {"format": "pt"})
+    told = causes(base, adapter, tmp_path / "out", tmp_path / "report.json")
+    assert "what the adapter trained of lm_head.weight is lost" in told
+
+
+def test_a_lost_head_that_the_config_ties_is_named(made: Made, tmp_path: Path) -> None:
+    base, adapter, merged = made
+    folder = shutil.copytree(merged, tmp_path / "out")
+    changed(lambda s, b, d: s.pop("lm_head.weight"))(folder, {}, {})  # type: ignore[arg-type,return-value]
+    config(tie_word_embeddings=True)(folder, {}, {})
+    assert "lm_head.weight is gone and the config ties it" in causes(
+        base, adapter, folder, tmp_path / "report.json"
+    )
+
+
+SOUND = [
+    *[("ours", base, dtype, {}) for base in ("bfloat16", "float16", "float32") for dtype in ("bfloat16", "float16", "float32")],
+    *[("peft", dtype, "keep", {}) for dtype in ("bfloat16", "float16", "float32")],
+    ("ours", "bfloat16", "keep", {"use_rslora": True}),
+    ("ours", "bfloat16", "keep", {"use_dora": True}),
+    ("ours", "bfloat16", "keep", {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"v_proj": 2}}),
+    ("ours", "bfloat16", "keep", {"target_modules": [*LINEAR, "embed_tokens"]}),
+    ("ours", "bfloat16", "keep", {"modules_to_save": ["lm_head"]}),
+    ("ours", "float32", "keep", {"bias": "none", "target_modules": "all-linear"}),
+    ("peft", "float32", "keep", {"use_rslora": True}),
+    ("peft", "float32", "keep", {"use_dora": True}),
+    ("peft", "bfloat16", "keep", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    ("peft", "float32", "keep", {"modules_to_save": ["lm_head"]}),
+    ("peft", "float32", "keep", {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"v_proj": 2}}),
+]  # fmt: skip
+
+
+def test_there_are_twenty_sound_merges() -> None:
+    assert len(SOUND) >= 20
+
+
+@pytest.mark.parametrize("case", SOUND, ids=str)
+def test_a_sound_merge_is_not_refused(tmp_path: Path, case: tuple[str, str, str, dict[str, object]]) -> None:
+    by, kind, dtype, options = case
+    base = write_llama(tmp_path / "base", dtype=getattr(torch, kind), shard="1GB")
+    adapter = write_lora(tmp_path / "adapter", base, **{"r": RANK, "lora_alpha": ALPHA, **options})
+    if by == "ours":
+        merge(base, adapter, tmp_path / "out", dtype=dtype)
+        (tmp_path / "out" / "merge.json").unlink()
+    else:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+        model.merge_and_unload().save_pretrained(tmp_path / "out")
+    verify(base, adapter, tmp_path / "out")
