@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from dataclasses import fields, is_dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from pipeline import compose, recipe_source
@@ -33,7 +35,7 @@ def text() -> str:
         parts += ["", f"{slot}="]
         if slot in CHOICES:
             parts.append(_line("auto", _first(CHOICES[slot].__doc__)))
-        shared = {f.name for f in fields(SLOTS[slot])}
+        shared = {*compose.ROOT_KEYS, *(f.name for f in fields(SLOTS[slot]))}
         for name, cls in stages.items():
             parts.append(_line(name, _first(cls.__doc__)))
             for setting, doc in field_docs(cls).items():
@@ -58,8 +60,10 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _about(path: Path) -> str:
-    first = path.read_text("utf-8", errors="replace").partition("\n")[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
+    """The first sentence of the comment that it begins with."""
+    lines = path.read_text("utf-8", errors="replace").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"(?<=[.;:])\s", comment, maxsplit=1)[0].rstrip(";:")
 
 
 def _first(doc: str | None) -> str:

@@ -70,7 +70,7 @@ class Simulated(Weight):
             yield tile
 
     def _scales(self, base: Tiles) -> Tensor:
-        """The absmax of all blocks, through their nested codes; found on the CPU, whose mean is always the same."""
+        """The absmax of all blocks, through their nested codes; their mean is the CPU's."""
         import torch
 
         def found(start: int, stop: int) -> Tensor:

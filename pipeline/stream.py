@@ -31,6 +31,7 @@ class Written(NamedTuple):
     digests: list[Digest]
     statistics: dict[str, Statistics]
     overflown: list[str]  # weights that no delta reached, but whose dtype no longer holds their values
+    num_bytes: dict[str, int]  # of every tensor
 
 
 class _Chunk(NamedTuple):
@@ -71,7 +72,7 @@ def write_shards(
             if chunk.done:
                 chunk.done()
     digests = [future.result() for future in written.digests]
-    return Written(digests, written.statistics, list(written.overflown))
+    return Written(digests, written.statistics, list(written.overflown), written.num_bytes)
 
 
 class _Writing:
@@ -82,6 +83,7 @@ class _Writing:
         self.digests: list[Future[Digest]] = []
         self.statistics: dict[str, Statistics] = {}
         self.overflown: dict[str, None] = {}
+        self.num_bytes: dict[str, int] = {}
 
     def tasks(self, shards: Iterable[PlannedShard], opened: ExitStack, hashing: Executor) -> Iterator[_Task]:
         for shard in shards:
@@ -89,6 +91,7 @@ class _Writing:
             path = self._folder / shard.name
             writer = ShardWriter(path, shard.header, shard.size, original, shard.in_order)
             opened.callback(writer.close)
+            self.num_bytes |= {slot.name: slot.length for slot in shard.slots}
             late: dict[str, memoryview] = {}
             for place in shard.places:
                 weight = opened.enter_context(ExitStack())
@@ -149,7 +152,9 @@ class _Writing:
             assert len(late[slot.name]) <= slot.length
             writer.write(end, late[slot.name])
             end += len(late[slot.name])
-        writer.complete(shard.final_header({name: len(buffer) for name, buffer in late.items()}), end)
+        lengths = {name: len(buffer) for name, buffer in late.items()}
+        self.num_bytes |= lengths
+        writer.complete(shard.final_header(lengths), end)
 
 
 _NOTHING = memoryview(b"")

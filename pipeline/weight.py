@@ -357,6 +357,7 @@ class Checkpoint(Generic[W]):
     config_edits: Mapping[str, Any] = field(default_factory=dict)
     side_files: tuple[SideFile, ...] = ()
     findings: tuple[Finding, ...] = ()
+    left_open: bool = False  # the request does not say which base is meant, this or a quantized one
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,10 @@ class Case:
     beside: Beside = Beside.bits
     vocabulary: int | None = None
     """tokens that the embeddings were resized to before training"""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """what our run is told besides"""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """settings of extract that our run has"""
+    told_first: bool = False
+    """whether it is given the adapter as it was before training"""
     rewrite: Callable[[Path], None] = lambda folder: None
     """what another writer than PEFT 0.21 would have done: changes the folder that has base and adapter"""
 
@@ -103,17 +105,9 @@ class Merges:
 
     def _apart(self, name: str) -> float:
         exact = self.exact[name]
-        W = self.before(name)
+        W = self._before(name, exact)
         size = torch.stack([W.abs(), exact.abs(), (exact - W).abs()]).amax(0)
         return ulps_apart(self.ours[name], self.theirs[name], size, self.dtype)
-
-    def before(self, name: str) -> torch.Tensor:
-        """What a delta is added to, in float64: the base's weight, or the one that the adapter holds."""
-        held = self.adapter.get(f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight")
-        before = self.base.get(name) if held is None else held
-        if before is None or before.shape != self.exact[name].shape:
-            return self.exact[name]
-        return before.double()
 
     def off(self, state: State, exact: State | None = None) -> list[str]:
         """Weights that are not the float64 merge rounded once, after a float32 sum."""
@@ -125,18 +119,29 @@ class Merges:
 
     def _terms(self, name: str, exact: torch.Tensor) -> torch.Tensor:
         """|W| and the norm of the delta's row, which stands for |B| |A|."""
-        W = self.before(name)
-        return W.abs() + (exact - W).flatten(1 if W.dim() > 1 else 0).norm(dim=-1).view(
-            -1, *[1] * (W.dim() - 1)
-        )
+        W = self._before(name, exact)
+        norms = (exact - W).flatten(1 if W.dim() > 1 else 0).norm(dim=-1)
+        return W.abs() + norms.view(-1, *[1] * (W.dim() - 1))
+
+    def _before(self, name: str, exact: torch.Tensor) -> torch.Tensor:
+        """What a delta is added to: the base's weight, or the one that the adapter holds; else the result."""
+        held = self.adapter.get(f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight")
+        before = self.base.get(name) if held is None else held
+        return exact if before is None or before.shape != exact.shape else before.double()
 
 
 def merges(case: Case, folder: Path, dtype: torch.dtype, tokens: int = 0) -> Merges:
     """Writes base and adapter below `folder` and merges them; our run is verified on that many tokens."""
     with quiet():
         write(case, folder, dtype)
-        settings = {"verify": "standard", "verify_settings": {"tokens": tokens}, **case.settings}
-        report = merge(folder / "base", folder / "adapter", folder / "out", **settings)
+        report = merge(
+            folder / "base",
+            folder / "adapter",
+            folder / "out",
+            verify="standard",
+            verify_settings={"tokens": tokens},
+            expect={**case.told, **({"initial": str(folder / "first")} if case.told_first else {})},
+        )
         theirs = merged_by_peft(case, folder, dtype)
         exact = merged_by_peft(case, folder, torch.float64)
     base, adapter, ours = (tensors(folder / name) for name in ("base", "adapter", "out"))
@@ -190,8 +195,8 @@ def load_base(case: Case, folder: Path, dtype: torch.dtype) -> Any:
 def loaded_by_peft(case: Case, folder: Path, dtype: torch.dtype) -> PeftModel:
     """Base and adapter as PEFT loads them, unmerged."""
     config = PeftConfig.from_pretrained(str(folder / "adapter"))
-    if getattr(config, "init_lora_weights", None) == "mica":  # it refuses float64, and the file holds all
-        config.init_lora_weights = True
+    if dtype == torch.float64 and hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # some refuse float64; the file holds what they made
     model = load_base(case, folder / "base", dtype)
     return PeftModel.from_pretrained(model, str(folder / "adapter"), config=config)
 

@@ -85,7 +85,7 @@ def _then(action: Callable[[], None]) -> Callable[[], None]:
 
 
 def _tile(pair: Pair, weight: Weight, rows: Rows, tiles: Tiles, start: int, stop: int) -> _Sums:
-    base, tuned, D = rows(start, stop)
+    _, tuned, D = rows(start, stop)
     left = D
     if isinstance(weight, FromAdapter):
         left = tuned.float() - tiles(start, stop).value.float()

@@ -33,6 +33,7 @@ class Extraction:
     chosen: Chosen
     disk: int  # bytes of the adapter, at most
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seconds: float = 0.0  # that decomposing took
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
@@ -22,7 +22,7 @@ from pipeline.ground.model_modules import Kind
 from pipeline.ground.ranks import by_pattern
 from pipeline.ground.shards import lay_out
 from pipeline.ground.spool import Spool
-from pipeline.tying import HEADS
+from pipeline.tying import EMBEDDINGS, HEADS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,15 +52,19 @@ class Layout:
     modules: Sequence[str] = ()  # of the model in memory
     tied: bool = False  # lm_head shares the embeddings
 
+    def shares(self, parameter: Parameter) -> bool:
+        """Whether it is the embeddings that lm_head shares; PEFT wants a copy for each side."""
+        return self.tied and _last(parameter) in EMBEDDINGS and parameter.place.kind is Kind.embedding
+
     def alpha_of(self, parameter: Parameter, rank: int) -> float:
         """The alpha of a parameter; its rank, and so a scale of 1, where the recipe does not say."""
         own = by_pattern(parameter.rank_name, self.alpha_pattern)
         alpha = own if own is not None else self.alpha
-        return alpha if alpha is not None else sqrt(rank) if self.rslora else rank
+        return alpha if alpha is not None else sqrt(rank) if self.rslora else float(rank)
 
     def scale(self, parameter: Parameter, rank: int) -> float:
         """What B @ A is multiplied with."""
-        return self.alpha_of(parameter, rank) / (sqrt(rank) if self.rslora else rank)
+        return self.alpha_of(parameter, rank) / (sqrt(rank) if self.rslora else float(rank))
 
 
 @dataclass
@@ -70,8 +74,10 @@ class Content:
     lora: Sequence[tuple[Parameter, int]]
     chosen: Chosen
     ranks: dict[str, int] = field(init=False)
+    all: list[Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.all = [*(parameter for parameter, _ in self.lora), *self.chosen.saved]
         self.ranks = {parameter.rank_name: rank for parameter, rank in self.lora}
 
 
@@ -82,25 +88,32 @@ class _Tensor(NamedTuple):
     parts: Callable[[], Iterator[Tensor]]  # in the order of its bytes
 
 
-def config(content: Content, layout: Layout) -> dict[str, Any]:
-    """adapter_config.json."""
+def config(content: Content, layout: Layout, copies: bool = True) -> dict[str, Any]:
+    """adapter_config.json; without `copies` that of a plan, which lists no copy for lm_head."""
     head, modules = _head(layout), _without_repeats(p.module for p in content.chosen.saved)
     layers = [p for p, _ in content.lora if p.place.kind is not Kind.parameter]
     top = max(content.ranks.values(), default=1)
     alphas = {p.rank_name: layout.alpha_of(p, rank) for p, rank in content.lora}
-    usual = Counter(alphas.values()).most_common(1)[0][0] if layout.alpha is None and alphas else layout.alpha
-    main = alphas.get(next((n for n, r in content.ranks.items() if r == top), ""), usual)
-    main = layout.alpha if layout.alpha is not None else main
+    main = layout.alpha
+    if main is None:  # that of the modules with the highest rank
+        main = next((alphas[name] for name, rank in content.ranks.items() if rank == top), float(top))
     ranks = {name: rank for name, rank in content.ranks.items() if rank != top}
     strange = {name: alpha for name, alpha in alphas.items() if alpha != main}
-    tied = layout.tied and any(p.place.kind is Kind.embedding for p in (*layers, *content.chosen.saved))
+    tied = any(layout.shares(p) for p in (*layers, *content.chosen.saved))
     if tied:
-        for table in (ranks, strange):
-            for p in layers:
-                if p.place.kind is Kind.embedding and p.rank_name in table:
-                    table[head] = table[p.rank_name]
+        tables: list[dict[str, Any]] = [ranks, strange]
+        for table in tables:
+            for shared in filter(layout.shares, layers):
+                if shared.rank_name in table:
+                    table[head] = table[shared.rank_name]
     _check_endings(modules, layout.modules)
     targets: Any = [p.module for p in layers]
+    if tied and copies:  # PEFT looks for these two names alone, and then ties what the model ties
+        for names in (modules, targets):
+            if any(
+                layout.shares(p) and _last(p) != "embed_tokens" and p.module in names for p in content.all
+            ):
+                names.append(head)
     if any(_is_ending(target, layout.modules) for target in targets):
         targets = "|".join(re.escape(target) for target in targets)
     return {
@@ -111,7 +124,7 @@ def config(content: Content, layout: Layout) -> dict[str, Any]:
         "revision": layout.revision,
         "inference_mode": True,
         "r": top,
-        "lora_alpha": _plain(main if main is not None else top),
+        "lora_alpha": _plain(main),
         "rank_pattern": {_pattern(name, layout.modules): rank for name, rank in ranks.items()},
         "alpha_pattern": {_pattern(name, layout.modules): _plain(a) for name, a in strange.items()},
         "use_rslora": layout.rslora,
@@ -181,7 +194,7 @@ def _tensors(
         yield _whole(f"{PREFIX}{p.module}.base_layer.{p.place.parameter}", p)
     for p in content.chosen.saved:
         yield _whole(PREFIX + p.name, p)
-        if layout.tied and p.place.kind is Kind.embedding:
+        if layout.shares(p):
             yield _whole(f"{PREFIX}{_head(layout)}.{p.place.parameter}", p)
 
 
@@ -211,7 +224,7 @@ def _factors(
     if kind is Kind.embedding:
         yield _Tensor(f"{key}.lora_embedding_A", dtype, (rank, m), left)
         yield _Tensor(f"{key}.lora_embedding_B", dtype, (n, rank), turned(right))
-        if layout.tied:
+        if layout.shares(p):
             head = PREFIX + _head(layout)
             yield _Tensor(f"{head}.lora_A.weight", dtype, (rank, n), right)
             yield _Tensor(f"{head}.lora_B.weight", dtype, (m, rank), turned(left))
@@ -257,6 +270,10 @@ def saved_bytes(p: Parameter) -> int:
     return num_bytes(tensor.dtype, tensor.shape) or 0
 
 
+def _last(parameter: Parameter) -> str:
+    return parameter.module.rpartition(".")[2]
+
+
 def _head(layout: Layout) -> str:
     return next((m for m in layout.modules if m.rpartition(".")[2] in HEADS), "lm_head")
 
@@ -265,7 +282,7 @@ def _without_repeats(modules: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(modules))
 
 
-def _plain(value: float) -> float:
+def _plain(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 

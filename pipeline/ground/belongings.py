@@ -73,23 +73,25 @@ def names(planned: Shapes, found: Shapes, config: Mapping[str, Any]) -> list[str
 def _renamed(missing: set[str], extra: set[str], planned: Shapes, found: Shapes) -> str | None:
     """One change of the leading path that explains what is missing."""
     changes: Counter[tuple[str, str]] = Counter()
+    example = ""
     ends: dict[str, list[str]] = {}
     for name in extra:
         parts = name.split(".")
         for n in range(len(parts)):
             ends.setdefault(".".join(parts[n:]), []).append(name)
-    for name in missing:
+    for name in sorted(missing):
         parts = name.split(".")
         for n in range(len(parts) - 1):
             end = ".".join(parts[n:])
             alike = [e for e in ends.get(end, []) if found[e] == planned[name]]
             if len(alike) == 1:
                 changes[name.removesuffix(end), alike[0].removesuffix(end)] += 1
+                example = example or f"{alike[0]} instead of {name}"
                 break
     if not changes or sum(changes.values()) < 0.5 * len(missing):
         return None
-    (old, new), count = changes.most_common(1)[0]
-    return f"{count} weights have other names: '{new}...' instead of '{old}...'; a loader does not find them"
+    count = sum(changes.values())
+    return f"{count} weights have other names, as {example}: a loader does not find them"
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

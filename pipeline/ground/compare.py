@@ -18,7 +18,11 @@ _CHUNK = 8 << 20
 def structure(folder: Path, plan: Plan) -> Gate:
     """Every planned weight stands in the folder with its shape and dtype, and nothing else does."""
     found = {name: (dtype, shape) for name, dtype, shape in Folder(folder).facts()}
-    planned = {w.name: (w.dtype, w.shape) for w in plan.weights}
+    planned = {part.name: (part.dtype, part.shape) for w in plan.weights for part in w.tensors}
+    for part in (part for w in plan.weights for part in w.tensors if part.late and part.name in found):
+        dtype, shape = found[part.name]
+        if (dtype, len(shape)) == (part.dtype, 1) and shape[0] <= part.shape[0]:
+            planned[part.name] = found[part.name]  # shorter than it might have been
     wrong = [f"{name} is missing" for name in planned.keys() - found.keys()]
     wrong += [f"{name} is not the base's" for name in found.keys() - planned.keys()]
     wrong += [
@@ -32,17 +36,27 @@ def structure(folder: Path, plan: Plan) -> Gate:
     if not (folder / "config.json").is_file():
         wrong.append("config.json is missing")
     files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
-    seen = f"{len(found)} weights in {files}"
+    beside = (
+        f" and {len(found) - len(plan.weights)} tensors beside codes"
+        if len(found) != len(plan.weights)
+        else ""
+    )
+    seen = f"{len(plan.weights)} weights{beside} in {files}"
     if wrong:
         return Gate("structure", Status.failed, f"{min(wrong)} ({len(wrong)} faults)", "as planned")
     return Gate("structure", Status.passed, seen, "every name, shape and dtype as planned")
 
 
 def identical(folder: Path, plan: Plan, sources: Mapping[str, Entry]) -> Gate:
-    """Weights that are copied hold the base's very bytes."""
+    """Weights that are copied hold the base's very bytes; `sources` are the base's tensors by name."""
     written = {e.name: e for shard in read_checkpoint(folder) for e in shard.entries}
-    untouched = [w.name for w in plan.weights if w.action is Action.copied]
-    wrong = [name for name in untouched if not _same_bytes(written[name], sources[name])]
+    untouched = [w for w in plan.weights if w.action is Action.copied]
+    wrong = [
+        part.name
+        for w in untouched
+        for part in w.tensors
+        if not _same_bytes(written[part.name], sources[part.name])
+    ]
     wanted = "the base's bytes"
     if wrong:
         return Gate("untouched", Status.failed, f"{wrong[0]} differs ({len(wrong)} weights)", wanted)

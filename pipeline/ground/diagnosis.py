@@ -93,8 +93,11 @@ def read(sample: Sample) -> Reading:
     error = (O - target).abs()
     if bool((error <= unit / 2 + SLACK * (W.abs() + D.abs() + W.abs().mean())).all()):
         return Reading(sample.name, None)
-    if _on_grid(O) and not _on_grid(W):
+    if _cuts(sample) and _on_grid(O) and not _on_grid(W):
         return Reading(sample.name, Cause.quantized)
+    if narrow := _narrower(sample, target):
+        return Reading(sample.name, Cause.twice_rounded, detail=narrow)
+    unit = ulp(target.abs().maximum(O.abs()), sample.dtype)
     noise = float((unit * unit).sum()) / 12
     energy = float((D * D).sum())
     if not energy:
@@ -109,7 +112,7 @@ def read(sample: Sample) -> Reading:
         if abs(factor - 1) <= max(SAME_FACTOR, uncertain):
             return Reading(sample.name, Cause.twice_rounded, 1.0, _rounded_how(sample, target))
         return Reading(sample.name, Cause.scale, factor)
-    return _unexplained(sample, E, D, target, factor)
+    return _unexplained(sample, E, D, target, noise)
 
 
 def _untouched(sample: Sample, E: Tensor, noise: float) -> Reading:
@@ -121,7 +124,7 @@ def _untouched(sample: Sample, E: Tensor, noise: float) -> Reading:
     return Reading(sample.name, Cause.touched, sqrt(size))
 
 
-def _unexplained(sample: Sample, E: Tensor, D: Tensor, target: Tensor, factor: float) -> Reading:
+def _unexplained(sample: Sample, E: Tensor, D: Tensor, target: Tensor, noise: float) -> Reading:
     """Not the delta times a number: whose values these are."""
     name = sample.name
     if sample.whole and _is_permutation(sample.stored, target):
@@ -133,13 +136,13 @@ def _unexplained(sample: Sample, E: Tensor, D: Tensor, target: Tensor, factor: f
     ):
         return Reading(name, Cause.mixed, detail="the delta was added transposed")
     other = E - D
-    off = _nf4(sample.base) - sample.base if sample.base.shape[1] % _BLOCK == 0 else None
+    off = nf4(sample.base) - sample.base if _cuts(sample) else None
     if off is not None and _cosine(other, off) > 0.9:
         return Reading(name, Cause.four_bit_base)
-    if _in_row_space(E, D):
+    if _in_row_space(E, D, noise):
         return Reading(name, Cause.mixed, detail="rows of A meet the wrong columns of B")
     size = sqrt(float((other * other).sum()) / max(float((sample.base**2).sum()), 1e-300))
-    return Reading(name, Cause.other_base, size, f"{factor:.3g}")
+    return Reading(name, Cause.other_base, size)
 
 
 def _rounded_how(sample: Sample, target: Tensor) -> str:
@@ -150,10 +153,16 @@ def _rounded_how(sample: Sample, target: Tensor) -> str:
         first = round_to(sample.delta, dtype).double()
         if bool((round_to(W + first, dtype).double() == O).double().mean() > 0.999):
             return f"the delta was rounded to {dtype} before it was added, as PEFT's safe_merge does"
-    for narrow in ("BF16", "F16"):
-        if narrow != dtype and bool((round_to(target, narrow).double() == O).double().mean() > 0.999):
-            return f"it was rounded to {narrow} before it was stored as {dtype}"
     return "arithmetic in 16 bits"
+
+
+def _narrower(sample: Sample, target: Tensor) -> str:
+    """The dtype through which the right values went on their way to a finer one."""
+    for narrow in ("BF16", "F16"):
+        same = round_to(target, narrow).double() == sample.stored
+        if narrow != sample.dtype and bool(same.double().mean() > 0.999):
+            return f"it was rounded to {narrow} before it was stored as {sample.dtype}"
+    return ""
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
@@ -162,31 +171,38 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _is_permutation(O: Tensor, target: Tensor) -> bool:  # noqa: E741
-    """Whether every row of O is another row of the target, each once, up to rounding."""
+    """Whether the rows of O are those of the target up to rounding, and not all in their places."""
+    import torch
+
     rows, others = (t / t.norm(dim=1, keepdim=True).clamp_min(1e-300) for t in (O, target))
     best = (rows @ others.T).max(1)
-    return bool((best.values > 0.999).all()) and len(set(best.indices.tolist())) > 0.95 * len(O)
+    moved = int((best.indices != torch.arange(len(O))).sum())
+    alike = bool((best.values > 0.999).all()) and len(set(best.indices.tolist())) > 0.95 * len(O)
+    return alike and moved > 0.05 * len(O)
 
 
-def _in_row_space(E: Tensor, D: Tensor) -> bool:
-    """Whether the rows of E are combinations of those of D, as those of any B' @ A are."""
+def _in_row_space(E: Tensor, D: Tensor, noise: float) -> bool:
+    """Whether the rows of E are combinations of those of D, as those of any B' @ A are, up to rounding."""
     import torch
 
     _, S, V = torch.linalg.svd(D, full_matrices=False)
     rank = int(S.gt(S[0] * 1e-9).sum())
     if rank >= min(D.shape) / 2:
         return False
-    inside = (E @ V[:rank].T @ V[:rank]).norm()
-    return bool(inside > 0.9 * E.norm())
+    outside = float((E - E @ V[:rank].T @ V[:rank]).square().sum())
+    return outside <= _LOOSE * noise and outside < 0.1 * float(E.square().sum())
+
+
+def _cuts(sample: Sample) -> bool:
+    """Whether blocks of 64 in file order can be told."""
+    return sample.base.shape[1] % _BLOCK == 0 or (sample.whole and sample.base.numel() % _BLOCK == 0)
 
 
 def _on_grid(values: Tensor) -> bool:
     """Whether blocks along the rows hold so few values that four bits tell them apart."""
-    if values.shape[1] % _BLOCK:
-        return False
-    blocks = values[:16].reshape(-1, _BLOCK).sort(1).values
+    blocks = values.reshape(-1, _BLOCK).sort(1).values
     distinct = (blocks.diff(dim=1) != 0).sum(1) + 1
-    return bool((distinct <= _GRID).double().mean() > 0.95)
+    return bool(((distinct <= _GRID) & (distinct > 2)).double().mean() > 0.95)
 
 
 # QLoRA, appendix E (arXiv:2305.14314)
@@ -196,7 +212,7 @@ _LEVELS = (
 )  # fmt: skip
 
 
-def _nf4(W: Tensor) -> Tensor:
+def nf4(W: Tensor) -> Tensor:
     """W in NF4, blocks of 64 along the rows, without the second quantization of the scales."""
     import torch
 

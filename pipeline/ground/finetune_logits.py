@@ -1,4 +1,4 @@
-"""How near base + extracted adapter answers to the fine-tune: KL(finetune||extracted) / KL(finetune||base)."""
+"""How near base + extracted adapter is to the fine-tune: KL(finetune||extracted) / KL(finetune||base)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ground import logits
+from pipeline.ground.divergence import compared
 from pipeline.ground.progress import working
 
 
@@ -47,7 +48,7 @@ def compare(
             raise logits.CannotCompare(f"{type(error).__name__}: {str(error).splitlines()[:1]}") from error
         if without.shape != wanted.shape:
             without, extracted, wanted = _common(without, extracted, wanted)
-        figures = logits.compared(wanted, without, extracted)
+        figures = compared(wanted, without, extracted)
     return {
         "kl_finetune_extracted": figures["kl_mean"],
         "kl_finetune_base": figures["kl_adapter_base"],

@@ -50,6 +50,7 @@ class Contents:
     shards: Mapping[str, Sequence[str]]
     digests: Sequence[Digest]
     statistics: Mapping[str, Statistics]
+    num_bytes: int | None = None  # of all tensors as they were written; default: as they were planned
 
 
 def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
     if list(contents.shards) != [SINGLE]:
         weight_map = {name: shard for shard, names in contents.shards.items() for name in names}
         plan = contents.plan
-        (folder / INDEX).write_text(index_text(weight_map, plan.num_bytes, plan.num_parameters), "utf-8")
+        size = plan.num_bytes if contents.num_bytes is None else contents.num_bytes
+        (folder / INDEX).write_text(index_text(weight_map, size, plan.num_parameters), "utf-8")
     (folder / "config.json").write_bytes(contents.config.encode())
     shards = {digest.name: digest for digest in contents.digests}
     beside = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in shards and p.name[0] != ".")
@@ -100,6 +102,9 @@ def _kept(facts: Statistics | None) -> dict[str, Any]:
         "retained": facts.retained,
         "changed_fraction": facts.changed_fraction,
         "relative_norm": facts.relative_norm,
+        **({} if facts.rounding == "nearest" else {"rounding": facts.rounding}),
+        **({} if facts.noise is None else {"noise": facts.noise}),
+        **({} if facts.base_shift is None else {"base_shift": facts.base_shift}),
     }
 
 
@@ -129,7 +134,7 @@ def model_card(contents: Contents) -> str:
         f"The adapter {adapters} merged into the weights of",
         f"`{contents.base.repo or contents.base.name}`: {len(merged)} of {len(plan.weights)} weights changed "
         f"({'; '.join(kinds[:4])}{'; ...' if len(kinds) > 4 else ''}),",
-        f"computed in {plan.merge_dtype}, rounded once to {plan.dtype}.",
+        f"computed in {plan.merge_dtype}, {_stored(plan)}.",
         "",
         f"`{NAME}` holds the hashes of everything that went in and came out, `report.json` the verification.",
         "",
@@ -137,6 +142,15 @@ def model_card(contents: Contents) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _stored(plan: Plan) -> str:
+    """How the weights became what is stored: rounded once to bfloat16."""
+    codes = sorted({w.dtype for w in plan.weights if w.codes and w.encoder})
+    if codes:
+        return f"quantized to {', '.join(codes)}; what is not quantized, rounded once to {plan.dtype}"
+    how = {"nearest": "rounded once", "stochastic": "rounded once, by chance,"}
+    return f"{how.get(plan.rounding, 'rounded once, by chance where that keeps more,')} to {plan.dtype}"
 
 
 def write_json(path: Path, table: Mapping[str, Any]) -> None:

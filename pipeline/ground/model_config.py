@@ -87,11 +87,11 @@ def edited(config: Mapping[str, Any], edits: Mapping[str, Any]) -> dict[str, Any
     """The config with fields changed.
 
     `dtype` changes at every depth where it stood, under the key it had; `tie_word_embeddings` too, and at
-    the top; `quantization_config: None` removes it at every depth; `vocab_size` changes at the top or in
-    `text_config`, wherever it stood.
+    the top; `quantization_config` goes from every depth and, unless it is None, to the top; `vocab_size`
+    changes at the top or in `text_config`, wherever it stood.
     """
     changed = json.loads(json.dumps(config))
-    if edits.get(QUANTIZATION_KEYS[0], ...) is None:
+    if QUANTIZATION_KEYS[0] in edits:
         for level in _levels(changed):
             for key in QUANTIZATION_KEYS:
                 level.pop(key, None)

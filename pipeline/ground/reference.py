@@ -52,13 +52,15 @@ class Facts:
     not_finite: int = 0
     kept: float = 0.0  # <O - W, D>
     energy: float = 0.0  # <D, D>
+    coded: bool = False  # held as codes: no units in the last place, but noise
+    noise: float = 0.0  # <O - T, O - T>
 
     def as_dict(self) -> dict[str, Any]:
+        units = {"worst_ulp": self.worst_ulp, "worst_raw_ulp": self.worst_raw_ulp, "ulps": self.ulps}
+        noise = {"verified_noise": (self.noise / self.energy) ** 0.5 if self.energy else None}
         return {
             "verified_elements": self.elements,
-            "worst_ulp": self.worst_ulp,
-            "worst_raw_ulp": self.worst_raw_ulp,
-            "ulps": self.ulps,
+            **(noise if self.coded else units),
             "verified_retained": self.kept / self.energy if self.energy else None,
             "verified_changed_fraction": self.changed / self.elements if self.elements else 0.0,
         }
@@ -82,9 +84,8 @@ class Reference:
 
     def delta(self, module: str, factor: float, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows of the delta, and of |factor * scale| |B| |A|, from which the slack is taken."""
-        key = f"base_model.model.{module}"
-        A = self._file.get_tensor(f"{key}.lora_A.weight").double()
-        B = self._file.get_slice(f"{key}.lora_B.weight")[start:stop].double()
+        A = self._file.get_tensor(factor_name(module, "A")).double()
+        B = self._file.get_slice(factor_name(module, "B"))[start:stop].double()
         scale = self._scale(module, A.shape[0]) * factor
         return scale * (B @ A), abs(scale) * (B.abs() @ A.abs())
 
@@ -97,6 +98,11 @@ class Reference:
         return float(alpha / rank**0.5 if self._config.get("use_rslora") else alpha / rank)
 
 
+def factor_name(module: str, x: str) -> str:
+    """The key under which PEFT keeps a plain layer's lora_A or lora_B."""
+    return f"base_model.model.{module}.lora_{x}.weight"
+
+
 def size_of_terms(base: Tensor, delta: Tensor) -> Tensor:
     """What stands for |B| |A| for a kind without such a product: the norms of the rows it sums over."""
     W = base.double()
@@ -104,12 +110,19 @@ def size_of_terms(base: Tensor, delta: Tensor) -> Tensor:
 
 
 def compare(
-    facts: Facts, stored: Tensor, dtype: str, base: Tensor, rounded: Tensor, delta: Tensor, size: Tensor
+    facts: Facts,
+    stored: Tensor,
+    dtype: str,
+    base: Tensor,
+    rounded: Tensor,
+    delta: Tensor,
+    size: Tensor,
+    by_chance: bool = False,
 ) -> None:
     """Adds one sample to the facts: stored rows against base + delta.
 
     All are `(rows, columns)`; `rounded` is the base in the stored dtype, `delta` and `size` are float64,
-    `size` what the slack is taken of beside |W|.
+    `size` what the slack is taken of beside |W|. Rounded by chance, a whole unit is right, else half of one.
     """
     W, O = base.double(), stored.double()  # noqa: E741
     target = W + delta
@@ -118,7 +131,7 @@ def compare(
     facts.worst_ulp = max(facts.worst_ulp, _most((error - slack) / unit))
     facts.worst_raw_ulp = max(facts.worst_raw_ulp, _most(error / unit))
     facts.ulps = [a + b for a, b in zip(facts.ulps, _bins(error / unit), strict=True)]
-    facts.beyond += int((~(error <= unit / 2 + slack)).sum())
+    facts.beyond += int((~(error <= (unit if by_chance else unit / 2) + slack)).sum())
     facts.changed += int((stored != rounded).sum())
     facts.not_finite += int((~stored.isfinite()).sum())
     facts.kept += float(((O - W) * delta).sum())

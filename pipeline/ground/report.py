@@ -125,6 +125,7 @@ class Report:
     causes: tuple[str, ...] = ()  # what likely made a gate fail
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # statistics, by name
     logits: Mapping[str, Any] | None = None
+    extraction: Mapping[str, Any] | None = None  # what an extracted adapter holds, by weight; its logits
     answers: Mapping[str, str] | None = None  # prompt, and what base, adapter and merged model say
     save: Mapping[str, Any] = field(default_factory=dict)  # seconds, peak memory, bytes
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -148,6 +149,7 @@ class Report:
             "causes": list(self.causes),
             "retained": retained(self.weights),
             "logits": self.logits,
+            **({"extraction": self.extraction} if self.extraction else {}),
             "answers": self.answers,
             "counts": {action.name: n for action, n in plan.count().items()},
             "save": dict(self.save),

@@ -13,9 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline.door import Request, fulfil
+from pipeline.ground.diagnosis import nf4
 from pipeline.ground.errors import PipelineError
 from tests.models import LINEAR, tensors, write_llama, write_lora
-from tests.running import merge
+from tests.running import merge, pipeline
 
 RANK, ALPHA = 8, 12.0
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -43,15 +45,15 @@ def verify(base: Path, adapter: Path, merged: Path) -> None:
     merge(base, adapter, merged, save="existing", verify="standard", verify_settings={"tokens": 0})
 
 
-def causes(base: Path, adapter: Path, merged: Path, report: Path) -> str:
-    """What is told of a merge that is refused, all of it."""
-    from pipeline.door import Request, fulfil
-    from tests.running import pipeline
-
-    made = pipeline(base, adapter, merged, save="existing", verify="standard", verify_settings={"tokens": 0})
-    with pytest.raises(PipelineError, match="likely cause: "):
-        fulfil(Request(made, {}, report=report))
-    return " | ".join(json.loads(report.read_text())["causes"])
+def causes(base: Path, adapter: Path, merged: Path, page: Path) -> str:
+    """What is told of a merge that is refused, all of it: the failed gate and the likely causes."""
+    settings = {"save": "existing", "verify": "standard", "verify_settings": {"tokens": 0}}
+    request = Request(pipeline(base, adapter, merged, **settings), {}, report=page)
+    with pytest.raises(PipelineError, match=r"likely cause: |config: "):
+        fulfil(request)
+    report = json.loads(page.read_text())
+    failed = [f"{g['name']}: {g['seen']}" for g in report["gates"] if g["status"] == "failed"]
+    return " | ".join([*failed, *report["causes"]])
 
 
 State = dict[str, torch.Tensor]
@@ -93,18 +95,13 @@ def another_base(state: State, base: State, deltas: State) -> None:
 
 
 def four_bit_base(state: State, base: State, deltas: State) -> None:
-    from pipeline.ground.diagnosis import _nf4
-
     for name, D in deltas.items():
-        state[name] = (_nf4(base[name].double()).float() + D).bfloat16()
+        state[name] = (nf4(base[name].double()).float() + D).bfloat16()
 
 
 def quantized_after(state: State, base: State, deltas: State) -> None:
-    from pipeline.ground.diagnosis import _nf4
-
     for name in deltas:
-        if state[name].shape[1] % 64 == 0:
-            state[name] = _nf4(state[name].double()).bfloat16()
+        state[name] = nf4(state[name].double()).bfloat16()
 
 
 def rounded_twice(state: State, base: State, deltas: State) -> None:
@@ -173,7 +170,7 @@ def fewer_rows(state: State, base: State, deltas: State) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path, State, State], None], str]] = {
     "not merged at all": (scaled(0), "the adapter was not merged: every weight is the base's"),
-    "some modules not merged": (scaled(0, "v_proj"), "not merged into 2 of 14 merged weights, as model.layers.0"),
+    "some modules not merged": (scaled(0, "v_proj"), "not merged into 2 of 14 merged weights"),
     "merged twice": (scaled(2), "all 14 merged weights: holds 2 times the delta: merged twice"),
     "subtracted": (scaled(-1), "subtracted instead of added"),
     "alpha forgotten": (scaled(RANK / ALPHA), "the scale was left out (alpha forgotten)"),
@@ -187,7 +184,7 @@ BROKEN: dict[str, tuple[Callable[[Path, State, State], None], str]] = {
     "quantized afterwards": (changed(quantized_after), "quantized to 4 bits after the merge"),
     "rounded twice": (changed(rounded_twice), "the delta was rounded to BF16 before it was added"),
     "rounded on the way": (changed(through_float16), "it was rounded to BF16 before it was stored as F32"),
-    "names of another class": (changed(lost_prefix), "weights have other names: 'language_model.model...'"),
+    "names of another class": (changed(lost_prefix), "20 weights have other names, as language_model.model."),
     "saved unmerged": (changed(beside), "call merge_and_unload first"),
     "deltas of other layers": (changed(swapped_layers), "got what belongs to model.layers.1"),
     "rows in rope's other order": (changed(permuted), "its rows stand in another order"),
@@ -198,7 +195,7 @@ BROKEN: dict[str, tuple[Callable[[Path, State, State], None], str]] = {
     "other token ids": (other_tokens, "gives 2 tokens other ids"),
     "vocabulary cut": (changed(fewer_rows), "has 100 rows instead of 160"),
     "retied": (config(tie_word_embeddings=True), "ties lm_head to the embeddings, but the file holds two"),
-    "another rope": (config(rope_parameters={"rope_theta": 5.0, "rope_type": "default"}), "says rope_theta 5.0"),
+    "another rope": (config(rope_parameters={"rope_theta": 5.0}), "says rope_theta 5.0"),
     "quantization left": (config(quantization_config={"bits": 4}), "still has a quantization_config"),
 }  # fmt: skip
 
@@ -257,9 +254,10 @@ def test_a_lost_head_that_the_config_ties_is_named(made: Made, tmp_path: Path) -
     )
 
 
+FLOATS = ("bfloat16", "float16", "float32")
 SOUND = [
-    *[("ours", base, dtype, {}) for base in ("bfloat16", "float16", "float32") for dtype in ("bfloat16", "float16", "float32")],
-    *[("peft", dtype, "keep", {}) for dtype in ("bfloat16", "float16", "float32")],
+    *[("ours", base, dtype, {}) for base in FLOATS for dtype in FLOATS],
+    *[("peft", dtype, "keep", {}) for dtype in FLOATS],
     ("ours", "bfloat16", "keep", {"use_rslora": True}),
     ("ours", "bfloat16", "keep", {"use_dora": True}),
     ("ours", "bfloat16", "keep", {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"v_proj": 2}}),

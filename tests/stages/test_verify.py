@@ -182,11 +182,11 @@ def test_logits_tell_another_base(made: tuple[Path, Path, Path], tmp_path: Path)
 
 
 def test_divergence_is_torchs_own() -> None:
-    from pipeline.ground.logits import _compared
+    from pipeline.ground.divergence import compared
 
     torch.manual_seed(0)
     p, q, r = (torch.randn(100, 11).log_softmax(-1) for _ in range(3))
-    found = _compared(p, q, r)
+    found = compared(p, q, r)
     kl = torch.nn.functional.kl_div(r.double(), p.double(), log_target=True, reduction="none").sum(-1)
     assert found["kl_mean"] == pytest.approx(float(kl.mean()), rel=FLOAT32_KL)
     assert found["kl_max"] == pytest.approx(float(kl.max()), rel=FLOAT32_KL)
@@ -243,7 +243,7 @@ def test_a_merged_model_that_does_not_load_fails(made: tuple[Path, Path, Path], 
     base, adapter, merged = made
     folder = shutil.copytree(merged, tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 7}))
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_type": "nonsense"}}))
     with pytest.raises(PipelineError, match="logits: the merged model does not run"):
         verify(base, adapter, folder, tokens=64)
 
@@ -296,7 +296,7 @@ def test_no_memory_for_the_merged_model_is_not_its_fault(
 
     base, adapter, _ = made
     calls: list[int] = []
-    real = logits._outputs
+    real = logits.outputs
 
     def third_fails(model: object, tokens: torch.Tensor) -> torch.Tensor:
         calls.append(1)
@@ -304,6 +304,6 @@ def test_no_memory_for_the_merged_model_is_not_its_fault(
             raise torch.OutOfMemoryError("no memory")
         return real(model, tokens)
 
-    monkeypatch.setattr(logits, "_outputs", third_fails)
+    monkeypatch.setattr(logits, "outputs", third_fails)
     report = merge(base, adapter, tmp_path / "out", verify="standard", verify_settings={"tokens": 64})
     assert gates(report)["logits"] is Status.skipped

@@ -106,7 +106,7 @@ def settled(delta: Experts, model_type: str | None, peft_version: Any) -> Expert
     """The delta with its orientation known, by the writer's version; a reason where that does not tell."""
     if not delta.is_square or delta.transposed is not None:
         return delta
-    version = _version(peft_version)
+    version = version_of(peft_version)
     if version is None:
         return f"is square, and peft_version {peft_version!r} does not tell which way its experts lie"
     if version < (0, 19, 0):
@@ -115,7 +115,8 @@ def settled(delta: Experts, model_type: str | None, peft_version: Any) -> Expert
     return replace(delta, transposed=not declared if version == (0, 19, 0) else declared)
 
 
-def _version(text: Any) -> tuple[int, int, int] | None:
+def version_of(text: Any) -> tuple[int, int, int] | None:
+    """PEFT's version as its config has it; that before the field came where there is none."""
     if text is None:
         return (0, 17, 0)  # the field came with 0.18
     if not isinstance(text, str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.dequantizing import dense
 from pipeline.stage import Dequantize, stage
@@ -15,4 +15,4 @@ class Auto(Dequantize):
     """Every weight as its own file holds it."""
 
     def __call__(self, stored: Checkpoint[Stored]) -> Checkpoint[Weight]:
-        return dense(stored)
+        return replace(dense(stored), left_open=True)

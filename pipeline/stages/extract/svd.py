@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -80,12 +81,15 @@ class Svd(Extract):
         return Adapter(
             (
                 self._part(
-                    planned(chosen, self._rule), config(Content(lora, chosen), self._layout), extraction
+                    planned(chosen, self._rule),
+                    config(Content(lora, chosen), self._layout, copies=False),
+                    extraction,
                 ),
             )
         )
 
     def __call__(self) -> Adapter:
+        begun = time.monotonic()
         chosen, rule, dtype = self._chosen, self._rule, self.factors.value
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         with Spool(self._folder.parent / "factors") as spool:
@@ -101,7 +105,7 @@ class Svd(Extract):
         if without:
             chosen = replace(chosen, findings=(*chosen.findings, Finding(_left_out(without))))
         file = read_adapter(self._folder)
-        extraction = replace(self._extraction(chosen), facts=figures)
+        extraction = replace(self._extraction(chosen), facts=figures, seconds=time.monotonic() - begun)
         return Adapter((self._part(file.deltas, file.config, extraction),))
 
     def _part(self, deltas, settings, extraction: Extraction) -> Part:  # type: ignore[no-untyped-def]

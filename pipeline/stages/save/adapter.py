@@ -77,7 +77,7 @@ class SaveAdapter(Save):
             "side_files": side_files,
             "extraction": {name: dict(facts) for name, facts in part.extraction.facts.items()},
             "save": {
-                "seconds": time.monotonic() - begun,
+                "seconds": time.monotonic() - begun + part.extraction.seconds,
                 "peak_memory": peak_memory(),
                 "bytes": (folder / WEIGHTS).stat().st_size,
             },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.manifest import Contents, peak_memory, published, write_beside
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Plan
+from pipeline.ground.rounding import Rounding
 from pipeline.ground.sidefiles import SideFile, brings_tokenizer, chosen, write_side_files
 from pipeline.ground.units import parse_bytes, show_bytes
 from pipeline.layout import PlannedShard, describe, factor_bytes, plan_shards, tile_bytes
+from pipeline.quantizing import Forms, by_chance, held_as
+from pipeline.quantizing import check as check_quantize
 from pipeline.stage import Save, stage
 from pipeline.stream import Written, num_workers, write_shards
+from pipeline.trained_base import which_base
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
@@ -41,15 +45,28 @@ class SaveMerged(Save):
     """dtype of the weights; keep: the base's own (bfloat16 for GGUF)"""
     max_shard_size: str | None = None
     """largest shard, as 5GB; default: the base's shards"""
+    rounding: Rounding = Rounding.nearest
+    """nearest, stochastic, or auto: stochastic where nearest keeps less than 0.97 of a weight's delta"""
+    quantize: str | None = None
+    """nf4, nf4-dq, fp4, int8, fp8-block, fp8-channel, int4-g128, or keep: the base's own format"""
+    seed: int = 0
+    """for everything random"""
 
     def check(self) -> None:
         super().check()
         check_device(self.device)
+        check_quantize(self.quantize)
+        fine = self.quantize is None and self.dtype is SaveDtype.float32
+        if self.rounding is Rounding.stochastic and (fine or not by_chance(self.quantize)):
+            raise Refused(
+                f"save.rounding: stochastic means nothing for {'float32' if fine else self.quantize}; it is "
+                "for bfloat16, float16 and fp8; use nearest, or auto"
+            )
         if self.max_shard_size is not None:
             parse_bytes("save.max_shard_size", self.max_shard_size)
 
     def plan(self, merged: Checkpoint[Weight], adapter: Adapter) -> Plan:
-        shards = self._shards(merged)
+        forms, shards = self._laid_out(merged, adapter)
         disk = sum(shard.size for shard in shards)
         if self.writes and (free := workplace.free_for(self.output)) < disk:
             raise Refused(
@@ -57,19 +74,22 @@ class SaveMerged(Save):
             )
         return describe(
             shards,
-            merged,
+            forms.checkpoint,
             adapter,
             output=self.output.name,
             dtype=dtypes.config_name(self._stored_dtype(merged.dtype, merged.dtype)),
             peak_memory=self._window(shards) * tile_bytes(shards) + 2 * factor_bytes(shards),
             disk=disk,
+            quantized=self.quantize or "",
+            rounding=self.rounding.value,
         )
 
     def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:
-        plan, shards = self.plan(merged, adapter), self._shards(merged)
+        plan, (forms, shards) = self.plan(merged, adapter), self._laid_out(merged, adapter)
         folder = workplace.partial(self.output)
-        config = merged.config.text(self._config_edits(merged))  # what may fail comes before the long part
-        origins = write_side_files(folder, chosen(merged.side_files, tokenizer_of(adapter)))
+        config = merged.config.text(self._config_edits(merged, forms))  # what may fail comes first
+        beside = chosen(forms.checkpoint.side_files, tokenizer_of(adapter))
+        origins = write_side_files(folder, beside)
         self._write_more(folder, adapter)
         begun = time.monotonic()
         known = known_digests(merged.origin, *(part.origin for part in adapter.parts))
@@ -91,7 +111,8 @@ class SaveMerged(Save):
                 adapters=[(published(p.origin), p.weight) for p in adapter.parts],
                 trained_on=adapter.parts[0].config.get("base_model_name_or_path"),
                 inputs=hashed,
-                shards={shard.name: [place.slot.name for place in shard.places] for shard in shards},
+                shards={shard.name: [slot.name for slot in shard.slots] for shard in shards},
+                num_bytes=sum(written.num_bytes.values()),
                 digests=written.digests,
                 statistics=written.statistics,
             ),
@@ -101,7 +122,7 @@ class SaveMerged(Save):
             "peak_memory": peak_memory(),
             "bytes": plan.disk,
         }
-        return Output(folder, plan, merged, adapter, written.statistics, manifest)
+        return Output(folder, plan, forms.checkpoint, adapter, written.statistics, manifest)
 
     def _write_more(self, folder: Path, adapter: Adapter) -> None:
         """For a stage that writes more than the merged model."""
@@ -110,14 +131,20 @@ class SaveMerged(Save):
         """The stored dtype of a weight: what is asked for, where its own is the checkpoint's main one."""
         return own if self.dtype is SaveDtype.keep or own != main else self.dtype.value
 
-    def _shards(self, merged: Checkpoint[Weight]) -> tuple[PlannedShard, ...]:
+    def _laid_out(
+        self, merged: Checkpoint[Weight], adapter: Adapter
+    ) -> tuple[Forms, tuple[PlannedShard, ...]]:
+        """What every weight is held as, and where."""
         limit = self.max_shard_size and parse_bytes("save.max_shard_size", self.max_shard_size)
-        return plan_shards(merged, lambda w: self._stored_dtype(merged.dtype, w.dtype), limit or None)
+        merged = replace(merged, findings=(*merged.findings, *which_base(merged, adapter)))
+        forms = held_as(merged, self.quantize, lambda w: self._stored_dtype(merged.dtype, w.dtype))
+        form = lambda weight: forms.of[weight.name]  # noqa: E731
+        return forms, plan_shards(forms.checkpoint, form, limit or None, self.rounding, self.seed)
 
-    def _config_edits(self, merged: Checkpoint[Weight]) -> dict[str, Any]:
+    def _config_edits(self, merged: Checkpoint[Weight], forms: Forms) -> dict[str, Any]:
         dtype = self._stored_dtype(merged.dtype, merged.dtype)
         edits = {} if self.dtype is SaveDtype.keep else {"dtype": dtypes.config_name(dtype)}
-        return {**merged.config_edits, **edits}
+        return {**forms.config_edits, **edits}
 
     def _window(self, shards: tuple[PlannedShard, ...]) -> int:
         """Tiles in flight: enough for the workers and a little more, fewer where memory is short."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files as package_files
@@ -12,10 +13,10 @@ from pipeline.extraction.checking import held, recomputed
 from pipeline.ground import finetune_logits, logits, workplace
 from pipeline.ground.model_config import edited
 from pipeline.ground.peft_load import unplaced
-from pipeline.ground.report import Gate, Status
+from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.ground.sidefiles import write_side_files
 from pipeline.ground.units import show_bytes
-from pipeline.weight import Checkpoint, Output, Part, Weight
+from pipeline.weight import Adapter, Checkpoint, Output, Part, Weight
 
 Loader = Callable[[Checkpoint[Weight], Checkpoint[Weight]], Callable[[type], Any]]
 
@@ -29,13 +30,19 @@ class Proof:
     weights: dict[str, dict[str, Any]] = field(default_factory=dict)
     logits: dict[str, Any] | None = None
 
+    def as_dict(self) -> dict[str, Any] | None:
+        """For the report."""
+        return {"logits": self.logits, "weights": self.weights} if self.weights else None
+
 
 def proof(
-    output: Output, part: Part, tokens: int, device: str, memory: int | None, loader: Loader | None
+    output: Output, adapter: Adapter, tokens: int, device: str, memory: int | None, loader: Loader | None
 ) -> Proof:
-    """Everything that is asked of one extracted part; without a loader no model is run."""
+    """Everything that is asked of an adapter that was extracted; without a loader no model is run."""
+    part = adapter.parts[0]
     extraction = part.extraction
-    assert extraction is not None
+    if extraction is None:
+        return Proof()
     found = held(extraction, output.merged)
     proved = Proof(gates=[_taken(output, part), recomputed(extraction, found)])
     proved.weights = {name: one.as_dict() for name, one in found.items()}
@@ -48,11 +55,23 @@ def proof(
     return proved
 
 
+def extracted(output: Output, proved: Proof, begun: float) -> Report:
+    """The report of an output that is an adapter."""
+    return Report(
+        plan=output.plan,
+        gates=tuple(proved.gates),
+        findings=tuple(Finding(text) for text in proved.findings),
+        extraction=proved.as_dict(),
+        save=output.manifest.get("save", {}),
+        manifest=output.manifest,
+        seconds=time.monotonic() - begun,
+    )
+
+
 def _taken(output: Output, part: Part) -> Gate:
     wanted = "no key missing, none unexpected"
-    config = edited(
-        output.merged.config.read(), {k: v for k, v in output.merged.config_edits.items() if v is not None}
-    )
+    edits = {key: value for key, value in output.merged.config_edits.items() if value is not None}
+    config = edited(output.merged.config.read(), edits)
     try:
         missing, unexpected = unplaced(config, part.origin.folder)
     except logits.CannotCompare as reason:

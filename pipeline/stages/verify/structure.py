@@ -11,6 +11,8 @@ from pipeline.diagnosing import belong, diagnose, surroundings
 from pipeline.ground.compare import identical, structure, unchanged
 from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.stage import Verify, stage
+from pipeline.stages.verify.extraction import extracted, proof
+from pipeline.quantizing import entries_of
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
@@ -21,11 +23,15 @@ class Structure(Verify):
 
     def __call__(self, output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Report:
         begun = time.monotonic()
+        proved = proof(output, adapter, 0, "cpu", None, None)
+        if output.is_adapter:
+            return extracted(output, proved, begun)
         gates = files(output, base)
         if all(gate.status is Status.passed for gate in gates) and output.statistics:
             gates.append(effect(output.statistics_as_dicts()))
-        gates += hashes(output)
-        return report(output, gates, base=base, seconds=time.monotonic() - begun)
+        gates += [*proved.gates, *hashes(output)]
+        seconds = time.monotonic() - begun
+        return report(output, gates, base=base, extraction=proved.as_dict(), seconds=seconds)
 
 
 def files(output: Output, base: Checkpoint[Weight]) -> list[Gate]:
@@ -33,7 +39,7 @@ def files(output: Output, base: Checkpoint[Weight]) -> list[Gate]:
     gate = structure(output.folder, output.plan)
     if gate.status is Status.failed:
         return [gate]
-    sources = {w.name: w.source for w in output.merged.weights if w.source is not None}
+    sources = {e.name: e for w in output.merged.weights for e in entries_of(w)}
     return [gate, *belong(output), identical(output.folder, output.plan, sources)]
 
 

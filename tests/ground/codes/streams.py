@@ -25,6 +25,11 @@ def planes(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(parts, 1).reshape(len(codes), -1)
 
 
+def interleaved(codes: Tensor) -> Tensor:
+    """Codes `(inputs, outputs)` as AWQ gemm packs them: of eight outputs 0, 2, 4, 6, then 1, 3, 5, 7."""
+    return stream(codes.unflatten(1, (-1, 8))[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4)
+
+
 def random_codes(*shape: int, bits: int, seed: int = 0, low: int = 0) -> Tensor:
     """Codes of every value from `low` on, int64."""
     return torch.randint(low, 2**bits, shape, generator=torch.Generator().manual_seed(seed))

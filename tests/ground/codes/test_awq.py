@@ -16,15 +16,10 @@ from pipeline.ground.codes import awq, gptq
 from pipeline.ground.codes.code import Quantization
 from pipeline.ground.errors import Refused
 from tests.ground.codes.holding import found, gaussian, held, in_tiles, random_bytes, whole
-from tests.ground.codes.streams import quantized, random_codes, random_scales, stream
+from tests.ground.codes.streams import interleaved, quantized, random_codes, random_scales, stream
 
 GEMM = {"quant_method": "awq", "bits": 4, "version": "gemm"}
 SHAPES = [(128, 64, 32), (256, 96, 128), (512, 8, 64), (384, 40, 128), (96, 24, 96)]  # inputs, outputs, group
-
-
-def interleaved(codes: Tensor) -> Tensor:
-    """Codes `(inputs, outputs)` as gemm packs them: of eight outputs 0, 2, 4, 6, then 1, 3, 5, 7."""
-    return stream(codes.unflatten(1, (-1, 8))[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4)
 
 
 class Layer:

@@ -1,4 +1,4 @@
-"""bitsandbytes NF4 and FP4 written: `quantize_4bit` of 0.50.2 on a CPU, bit for bit, and what transformers saves.
+"""bitsandbytes NF4 and FP4 written: `quantize_4bit` of 0.50.2 on a CPU, and what transformers saves of it.
 
 A block's values over its absmax, clamped, go to the nearest of sixteen levels (a midpoint goes down). With
 nested scales the absmax less their mean are themselves codes of a table of 256 levels, in blocks of 256; the
@@ -185,7 +185,7 @@ def unnested(codes: Tensor, outer: Tensor, offset: float) -> Tensor:
 
 @lru_cache(maxsize=8)
 def nested_levels(device: str) -> Tensor:
-    """The dynamic map of signed eight bits (bitsandbytes' `create_dynamic_map`), `(256,)` float32, ascending."""
+    """The dynamic map of signed eight bits (bitsandbytes' `create_dynamic_map`), `(256,)` float32."""
     import torch
 
     levels = [0.0, 1.0]

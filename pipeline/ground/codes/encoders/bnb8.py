@@ -1,4 +1,4 @@
-"""bitsandbytes LLM.int8 written: the weight in float16, then rows of int8 (`Int8Params`, 0.50.2), bit for bit."""
+"""bitsandbytes LLM.int8 written: the weight in float16, then rows of int8, as `Int8Params` of 0.50.2 does."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Bnb8Encoder(Encoder):
 
 
 def quantized(rows: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-    """`int8_vectorwise_quant` of rows in float16: codes `(rows, columns)` int8, and a float32 for each row."""
+    """`int8_vectorwise_quant` of rows in float16: codes int8 of their shape, and a float32 for each row."""
     import torch
 
     half = rows.half()

@@ -36,7 +36,7 @@ class Part:
 
 
 class Encoded(NamedTuple):
-    """Some rows as codes: bytes of the first part, and what the other parts are made of, as `finish` takes it."""
+    """Some rows as codes: bytes of the first part, and what `finish` makes the other parts of."""
 
     codes: Tensor
     sides: tuple[Tensor, ...]
@@ -95,7 +95,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def decoded(self, encoded: Encoded, start: int) -> Tensor:
-        """The rows that the codes mean, `(rows, columns)` float32, the scales not yet quantized themselves."""
+        """The rows that the codes mean, `(rows, columns)` float32, before scales are quantized too."""
 
     @abstractmethod
     def finish(self, sides: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """FP8 written: floats of eight bits over scales of blocks, rows, or whatever the base has.
 
-Three ways to a scale: `transformers` (`Fp8Quantize`: values times 448 / amax, its reciprocal stored), where the
-last blocks are cut instead of left out; `compressed-tensors` (`calculate_qparams`: values over amax / 448,
-rounded to the stored dtype first); and the base's own, kept, so that what no delta moves keeps its very
-code. A kept scale of a block or row grows only where a value would lie beyond the largest code.
+Three ways to a scale: `transformers` (`Fp8Quantize`: values times 448 / amax, its reciprocal stored), where
+the last blocks are cut instead of left out; `compressed-tensors` (`calculate_qparams`: values over amax /
+448, rounded to the stored dtype first); and the base's own, kept, so that what no delta moves keeps its
+very code. A kept scale of a block or row grows only where a value would lie beyond the largest code.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ class Fp8Encoder(Encoder):
     def _limit(self) -> float:
         import torch
 
-        return torch.finfo(torch_dtype(self.dtype)).max
+        return float(torch.finfo(torch_dtype(self.dtype)).max)
 
     def _found(self, rows: Tensor) -> Tensor:
-        """What the values are multiplied by, or divided by, on lines of the grid: float32 `(lines, across)`."""
+        """What the values are multiplied by, or divided by: float32 `(lines of the grid, across)`."""
         import torch
 
         amax = self._amax(rows)

@@ -1,9 +1,9 @@
 """compressed-tensors' integers written: symmetric, with a scale for every group of columns, packed or plain.
 
 Scales are amax / (2^bits - 1) * 2, rounded to their dtype first (`calculate_qparams`); codes the nearest
-integers of value over scale, half to even, from -2^(bits-1) on. Packed codes lie as `pack_to_int32` has them:
-a dense stream of bits, little-endian, each code 2^(bits-1) up. Kept scales and zero points are the base's: what
-no delta moves keeps its very code, and what they do not reach is cut.
+integers of value over scale, half to even, from -2^(bits-1) on. Packed codes lie as `pack_to_int32` has
+them: a dense stream of bits, little-endian, each code 2^(bits-1) up. Kept scales and zero points are the
+base's: what no delta moves keeps its very code, and what they do not reach is cut.
 """
 
 from __future__ import annotations
@@ -146,14 +146,15 @@ class KeptIntegers(Encoder):
             values = unpacked(encoded.codes.view(torch.uint8), bits, 2 ** (bits - 1))[:, : self.shape[-1]]
         else:
             values = encoded.codes.float()
-        return scaled(values, *encoded.sides, self.base.grid.width)
+        scale, zero = encoded.sides
+        return scaled(values, scale, zero, self.base.grid.width)
 
     def finish(self, sides: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         return {entry.name: read_whole(entry) for entry in self.base.entries[1:]}
 
 
 def _over(values: Tensor, scales: Tensor, zeros: Tensor, width: int) -> Tensor:
-    """`values / scales + zeros`, every `width` columns of a row with one of each; the last ones may be fewer."""
+    """`values / scales + zeros`, each `width` columns with one of each, the last ones perhaps fewer."""
     columns = values.shape[1]
     scales, zeros = (t.repeat_interleave(width, 1)[:, :columns] for t in (scales, zeros))
     return values / scales + zeros

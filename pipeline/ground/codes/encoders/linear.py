@@ -1,9 +1,9 @@
 """Which weights of a 16-bit checkpoint a quantizer takes, told by names and shapes alone.
 
-As transformers 5.23 does when it loads with such a config: the weights of linear layers (`nn.Linear`), which are
-two-dimensional and called `weight`, but no embeddings, no output layer, no router, and no parameter of a
-module of its own (norms, convolutions, 3-D experts). Experts that files hold one by one are linear layers there
-and one 3-D parameter in memory: bitsandbytes leaves those alone, FP8 and compressed-tensors take them.
+As transformers 5.23 does when it loads with such a config: the weights of linear layers (`nn.Linear`), which
+are two-dimensional and called `weight`, but no embeddings, no output layer, no router, and no parameter of a
+module of its own (norms, convolutions, 3-D experts). Experts that files hold one by one are linear layers
+there and one 3-D parameter in memory: bitsandbytes leaves those alone, FP8 and compressed-tensors take them.
 
 What is left although it might be a linear layer is written into the config as skipped; so a loader agrees
 with the file where a name deceives: a router that is an `nn.Linear` after all stays as it is.
@@ -18,9 +18,6 @@ _EMBEDDING = re.compile(r"\w*embed\w*|wte|wpe|shared|relative_attention_bias|emb
 _OUTPUT = ("lm_head", "embed_out", "output_layer", "score", "classifier", "qa_outputs", "out_proj_head")
 _ROUTER = ("gate", "router", "gating", "gate_inp", "wg")
 _EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
-
-# Models whose linear layers are Conv1D: stored (in, out), and quantized the other way round.
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "ctrl", "gpt-sw3")
 
 
 def is_linear(name: str, shape: tuple[int, ...], *, experts: bool) -> bool:
@@ -45,9 +42,9 @@ def left_out(weights: Iterable[tuple[str, tuple[int, ...]]], quantized: set[str]
             continue
         if expert := _EXPERT.fullmatch(name):
             modules[f"{expert[1] or ''}experts"] = None
-        elif len(shape) == 3 and module.endswith("experts"):
-            modules[module] = None
-        elif last == "weight" and len(shape) == 2 and not _EMBEDDING.fullmatch(module.split(".")[-1]):
+            continue
+        plain = last == "weight" and len(shape) == 2 and not _EMBEDDING.fullmatch(module.split(".")[-1])
+        if plain or (len(shape) == 3 and module.endswith("experts")):
             modules[module] = None
     return list(modules)
 

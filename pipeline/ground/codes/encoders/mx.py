@@ -1,8 +1,8 @@
 """MXFP4 written again over the base's powers of two, in the layout of rows or that of gpt-oss's experts.
 
-A value over its scale goes to the nearest E2M1 number, half to even, at most 6. A scale doubles, as often as it
-must, only where a value would lie beyond 7, what rounds to the largest code: so what no delta moves keeps
-its very code (OCP "Microscaling Formats (MX) 1.0").
+A value over its scale goes to the nearest E2M1 number, half to even, at most 6. A scale doubles, as often as
+it must, only where a value would lie beyond 7, what rounds to the largest code: so what no delta moves
+keeps its very code (OCP "Microscaling Formats (MX) 1.0").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BEYOND = 7.0
 
 @dataclass(frozen=True)
 class MxEncoder(Encoder):
-    """Codes packed along the columns; or, for gpt-oss, along the rows of every expert, which stay together."""
+    """Codes packed along the columns; for gpt-oss along the rows of every expert, which stay together."""
 
     base: Fp4 | GptOss
 

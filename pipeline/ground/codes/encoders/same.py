@@ -1,4 +1,4 @@
-"""A base's own format written again: which encoder makes the codes of a weight that was held as such codes."""
+"""A base's own format written again: which encoder makes the codes of a weight that was held as such."""
 
 from __future__ import annotations
 

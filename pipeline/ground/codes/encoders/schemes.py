@@ -1,4 +1,4 @@
-"""The formats a 16-bit model may be quantized to: the encoder of a weight, and what config.json says of it."""
+"""The formats a model may be quantized to: the encoder of a weight, and what config.json says of it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def encoder(self, name: str, shape: tuple[int, ...], dtype: str) -> Encoder | None:
-        """The codes of a weight that would be of `dtype` unquantized; None where the format has no such shape."""
+        """The codes of a weight that would else be of `dtype`; None where the format has no such shape."""
 
     @abstractmethod
     def config(self, dtype: str, skipped: Sequence[str], quantized: Sequence[str]) -> dict[str, Any]:

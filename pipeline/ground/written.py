@@ -1,0 +1,88 @@
+"""A written checkpoint whose weights may be held as codes: rows of them, decoded, and what they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.ground.codes.code import Code, Found, Quantization
+from pipeline.ground.codes.encoders.encoder import Encode, Encoder
+from pipeline.ground.codes.formats import detect
+from pipeline.ground.model_config import ConfigFile
+from pipeline.ground.reference import SLACK, Facts, Folder
+from pipeline.ground.shards import read_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SCALES = 4  # a scale is that of the largest value of its block, whose own slack moves all the others
+
+
+@dataclass
+class Written(Folder):
+    """A folder's tensors, its codes found by the decoders as in any base."""
+
+    codes: Mapping[str, Code] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.codes = {found.name: found.code for found in codes_in(self.path)}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """As `Folder.rows`; codes decoded, float32."""
+        code = self.codes.get(name)
+        if code is None:
+            return super().rows(name, start, stop)
+        with code.open("cpu") as rows:
+            return rows(start, stop)
+
+
+def codes_in(folder: Path) -> list[Found]:
+    """The weights that a checkpoint folder holds as codes."""
+    shards = read_checkpoint(folder)
+    tensors = {entry.name: entry for shard in shards for entry in shard.entries}
+    metadata = {key: text for shard in shards for key, text in shard.metadata.items()}
+    said = ConfigFile(folder / "config.json").quantization_config
+    return detect(tensors, Quantization(said, metadata=metadata))[0]
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What the codes of a weight are held against: the nearest ones, or either neighbour if by chance."""
+
+    encoder: Encoder
+    encode: Encode
+    slack: float
+    by_chance: bool
+
+    def compare(
+        self, facts: Facts, stored: Tensor, start: int, base: Tensor, delta: Tensor, size: Tensor
+    ) -> None:
+        """Adds one sample to the facts; as `reference.compare`, the stored rows decoded."""
+        W, O = base.double(), stored.double()  # noqa: E741
+        target, terms = W + delta, W.abs() + size
+        encoded = self.encode(target.float(), start, None)
+        error = (O - target).abs()
+        allowed = (self.encoder.decoded(encoded, start).double() - target).abs()
+        if self.by_chance:
+            allowed = allowed.maximum(self.encoder.step(target, encoded, start))
+        allowed += self.slack + _SCALES * SLACK * terms.amax(1, keepdim=True)
+        unmerged = self.encoder.decoded(self.encode(base.float(), start, None), start)
+        facts.coded = True
+        facts.elements += stored.numel()
+        facts.beyond += int((~(error <= allowed)).sum())
+        facts.changed += int(((stored - unmerged).abs() > self.slack).sum())
+        facts.not_finite += int((~stored.isfinite()).sum())
+        facts.kept += float(((O - W) * delta).sum())
+        facts.energy += float((delta * delta).sum())
+        facts.noise += float((error * error).sum())
+
+
+@contextmanager
+def standard_of(encoder: Encoder, code: Code, by_chance: bool) -> Iterator[Standard]:
+    """The standard for a weight that is held as `code`."""
+    with encoder.open("cpu") as encode:
+        yield Standard(encoder, encode, encoder.slack(code), by_chance)
