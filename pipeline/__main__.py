@@ -11,26 +11,28 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pipeline import compose, recipe_source, stage
 from pipeline.arguments import is_sweep, prepared
-from pipeline.door import Request, fulfil
+from pipeline.door import Rejected, Request, fulfil
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.manifest import own_version
 from pipeline.ground.paths import bundled
+from pipeline.ground.report import Report
 from pipeline.help import text
 from pipeline.sentences import sentence
+from pipeline.sweep import Run, finish, overrides, thin
 
 
 @dataclass
 class Outcome:
-    """What became of one run: its exit status and, in a sweep, its row."""
+    """What became of one run: its exit status and, in a sweep, its line."""
 
     status: int
-    row: dict[str, Any] = field(default_factory=dict)
+    run: Run
 
 
 def main() -> int:
@@ -47,7 +49,7 @@ def main() -> int:
             return 0
         compose.register()
         recipe_source.register()
-        return _run(prepared(arguments))
+        return _run(prepared(_with_axes(arguments)))
     except KeyboardInterrupt:
         _tell("interrupted")
         return 130
@@ -61,10 +63,13 @@ def _run(arguments: list[str]) -> int:
     import hydra
 
     outcomes: list[Outcome] = []
+    asked: list[Any] = []  # what each of them is asked to do
 
     @hydra.main(version_base="1.3", config_path=str(bundled("conf")), config_name="config")
     def task(cfg: Any) -> None:
+        asked.append((Path(cfg.output or "multirun").expanduser(), compose.settings(cfg)))
         outcomes.append(_fulfilled(cfg))
+        thin([outcome.run for outcome in outcomes], cfg.sweep.keep)
 
     # Hydra's own errors are to reach us, and a sweep's record is to litter nobody's folder.
     previous, sys.argv = sys.argv, [sys.argv[0], *arguments]
@@ -77,11 +82,21 @@ def _run(arguments: list[str]) -> int:
         finally:
             sys.argv = previous
     if is_sweep(arguments) and outcomes:
+        from pipeline.ground.leaderboard import lines
         from pipeline.ground.terminal import show_sweep
 
-        show_sweep([outcome.row for outcome in outcomes])
+        runs = [outcome.run for outcome in outcomes]
+        finish(runs, asked[0][0], [settings for _, settings in asked])
+        show_sweep(lines([run.row for run in runs]))
         return 1 if any(outcome.status for outcome in outcomes) else 0
     return outcomes[0].status if outcomes else 0
+
+
+def _with_axes(arguments: list[str]) -> list[str]:
+    """The arguments, with what the recipe itself sweeps over."""
+    recipe = next((a.partition("=")[2] for a in arguments if a.startswith("recipe=")), "")
+    axes = overrides(recipe_source.axes(recipe), arguments) if recipe else []
+    return [*(["-m"] if axes and not is_sweep(arguments) else []), *arguments, *axes]
 
 
 def _unswept(arguments: list[str]) -> list[str]:
@@ -103,6 +118,7 @@ def _fulfilled(cfg: Any) -> Outcome:
         name = re.sub(r"[^\w.=,+-]", "_", HydraConfig.get().job.override_dirname) or "run"
         cfg.output = str(Path(cfg.output or "multirun").expanduser() / name)
         sys.stdout.write(f"\n== {name}\n")
+    error: Exception | None = None
     try:
         report = fulfil(
             Request(
@@ -114,29 +130,20 @@ def _fulfilled(cfg: Any) -> Outcome:
         )
     except KeyboardInterrupt:
         raise
-    except Exception as error:
+    except Exception as caught:
         if cfg.debug:
             traceback.print_exc()
-        return Outcome(_failed(error), _row(name, None, str(error).splitlines()[0] if str(error) else ""))
-    result = "planned" if report is None else "verified" if report.gates else "not verified"
-    return Outcome(0, _row(name, report, result))
+        error, report = caught, caught.report if isinstance(caught, Rejected) else None
+    return Outcome(_failed(error) if error else 0, _told(name, report, error, cfg.output))
 
 
-def _row(name: str, report: Any, result: str) -> dict[str, Any]:
-    from pipeline.ground.report import retained
-    from pipeline.ground.units import show_bytes, show_seconds
+def _told(name: str, report: Report | None, error: Exception | None, output: str) -> Run:
+    """The line of a run in a sweep; its folder where this run has made one."""
+    from pipeline.ground.leaderboard import row
 
-    if report is None:
-        return {"run": name, "result": result, "size": "", "retained": "", "ratio": "", "time": ""}
-    kept, figures = retained(report.weights), report.logits
-    return {
-        "run": name,
-        "result": result,
-        "size": show_bytes(report.plan.disk),
-        "retained": f"{kept['mean']:.4f}" if kept else "",
-        "ratio": f"{figures['ratio']:.2g}" if figures else "",
-        "time": show_seconds(report.save.get("seconds", 0) + report.seconds),
-    }
+    reason = next(iter(str(error).splitlines()), type(error).__name__) if error else None
+    link = f"{name}{'' if report and report.passed else '.rejected'}/report.html"
+    return Run(row(name, report, reason, link), Path(output) if report else None)
 
 
 def _failed(error: Exception) -> int:

@@ -56,7 +56,7 @@ def _prepared(argument: str, sweeps: bool) -> str:
         return argument
     if sweeps and "," in value and not os.path.lexists(os.path.expanduser(value)):  # noqa: PTH111
         return argument  # several values
-    return f"{key}={_quoted(_recipe_path(value) if key == 'recipe' else value)}"
+    return f"{key}={quoted(_recipe_path(value) if key == 'recipe' else value)}"
 
 
 def _recipe_path(value: str) -> str:
@@ -71,8 +71,8 @@ def _recipe_path(value: str) -> str:
     return str(named)
 
 
-def _quoted(value: str) -> str:
-    """In quotes, so that no character of it is taken for Hydra's grammar."""
+def quoted(value: str) -> str:
+    """A value in quotes, so that no character of it is taken for Hydra's grammar."""
     if re.fullmatch(r"[\w./@:+-]+", value, re.ASCII):
         return value
     escaped = re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", value)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields, make_dataclass
-from enum import Enum
 from functools import cache
 from math import isfinite
 from pathlib import Path
@@ -19,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
+from pipeline.ground.leaderboard import Sweep
 from pipeline.ground.names import nearest
 from pipeline.ground.ranks import parse_pattern, parse_rank
 from pipeline.ground.units import parse_bytes
+from pipeline.publishing import publishable
 from pipeline.stage import CHOICES, SLOTS, STAGES, Chosen, Pipeline, Save, Stage
 from pipeline.tying import Tied
 
@@ -73,8 +74,10 @@ class Root:
     """for everything random: the same one gives the same bytes"""
     memory_limit: Any = None
     """memory for tiles and models beyond the libraries, as 4GB; default: what is free"""
+    sweep: Sweep = field(default_factory=Sweep)
+    """sweep.keep: the outputs of a sweep that stay, all, best or none; sweep.over: its keys and values"""
     report: str | None = None
-    """file for the report as JSON, with the page beside it as .html; or the page alone; default: in the output"""
+    """file for the report as JSON, the page beside it as .html, or the page alone; default: in the output"""
     dry_run: bool = False
     """print the plan and stop"""
     debug: bool = False
@@ -273,26 +276,7 @@ def _module_list(key: str, value: Any) -> tuple[str, ...] | None:
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
-    """The request as it may be published: no paths of this machine, no defaults that say nothing."""
+    """The request as it may be published."""
     table = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(table, dict)
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        if key in SLOTS and isinstance(value, dict):
-            found[str(key)] = {k: v for k, v in value.items() if v is not None}
-        elif key in ("output", "report", "debug", "dry_run") or value in (None, {}, []):
-            continue
-        elif key == "adapter" and isinstance(value, list):
-            found[str(key)] = [_published(item) for item in value]
-        elif key in ("base_model", "adapter", "finetune") and os.path.exists(os.path.expanduser(str(value))):  # noqa: PTH110, PTH111
-            found[str(key)] = Path(str(value)).name
-        else:
-            found[str(key)] = value.value if isinstance(value, Enum) else value
-    return found
-
-
-def _published(adapter: Any) -> Any:
-    """One of several adapters, without the path of this machine."""
-    path = str(adapter["path"] if isinstance(adapter, dict) else adapter)
-    name = Path(path).name if os.path.exists(os.path.expanduser(path)) else path  # noqa: PTH110, PTH111
-    return {**adapter, "path": name} if isinstance(adapter, dict) else name
+    return publishable({str(key): value for key, value in table.items()})

@@ -30,7 +30,7 @@ def diagnose(output: Output, base: Checkpoint[Weight]) -> tuple[str, ...]:
     folder = Folder(output.folder)
     facts = list(folder.facts())
     found = {name: shape for name, _, shape in facts}
-    planned = {w.name: w.shape for w in output.plan.weights}
+    planned = {part.name: part.shape for w in output.plan.weights for part in w.tensors}
     told = belongings.names(planned, found, _read(output.folder / "config.json") or {})
     dtypes = {name: dtype for name, dtype, shape in facts if dtype in _FLOATS and shape == planned.get(name)}
     told += [words for _, words in causes(_samples(output, base, folder, dtypes))]

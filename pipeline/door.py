@@ -17,6 +17,14 @@ from pipeline.ground.workplace import Workplace, rejected
 from pipeline.stage import Pipeline
 
 
+class Rejected(PipelineError):  # noqa: N818  it reads like what happened
+    """Verification refused the result; its report is told."""
+
+    def __init__(self, sentence: str, report: Report) -> None:
+        super().__init__(sentence)
+        self.report = report
+
+
 @dataclass(frozen=True)
 class Request:
     """A pipeline, and what of the request the stages need not know."""
@@ -92,6 +100,7 @@ def _judge(report: Report, request: Request, stands_at: Path) -> None:
             else ""
         )
         gate, cause = failed[0], f"; likely cause: {report.causes[0]}" if report.causes else ""
-        raise PipelineError(
-            f"verification refused the result: {gate.name}: {gate.seen}, wanted {gate.wanted}{cause}{aside}"
+        raise Rejected(
+            f"verification refused the result: {gate.name}: {gate.seen}, wanted {gate.wanted}{cause}{aside}",
+            report,
         )

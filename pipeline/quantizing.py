@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.ground import dtypes
-from pipeline.ground.codes.code import Code
+from pipeline.ground.codes.code import Code, Found
 from pipeline.ground.codes.encoders.fp8 import Fp8Encoder
 from pipeline.ground.codes.encoders.linear import is_linear, left_out
 from pipeline.ground.codes.encoders.same import same_format
@@ -94,7 +94,7 @@ def _told(
     ragged = [
         form.name
         for form in found.values()
-        if isinstance(form, Fp8Encoder) and form.grid.height > 1 and any(n % 128 for n in form.shape)
+        if isinstance(form, Fp8Encoder) and form.grid.height > 1 and any(n > 128 and n % 128 for n in form.shape)
     ]
     if ragged:
         told.append(
@@ -140,11 +140,43 @@ def _kept(checkpoint: Checkpoint[Weight], dtype: Dtype) -> Forms:
     return Forms(checkpoint, {**found, **beside}, edits)
 
 
-def entries_of(weight: Weight) -> tuple[Entry, ...]:
-    """The base's tensors that hold a weight which nothing has changed."""
+def found_as(
+    checkpoint: Checkpoint[Weight],
+    entries: Mapping[str, Entry],
+    codes: Sequence[Found],
+    config: Mapping[str, Any],
+) -> Forms:
+    """What a written checkpoint holds the weights as; Refused for codes that none here makes.
+
+    A weight that is not merged and has the codes of the base's kind should be the base's very own.
+    """
+    found: dict[str, Form] = {w.name: _dtype_in(entries, w) for w in checkpoint.weights}
+    weights = {weight.name: weight for weight in checkpoint.weights}
+    for one in codes:
+        weight = weights.get(one.name)
+        encoder = same_format(one.name, one.code)
+        if weight is None:
+            continue
+        if encoder is None:
+            raise Refused(f"output: '{one.name}' is held as {one.code.describe}, which cannot be judged here")
+        own = _code(weight)
+        copied = not isinstance(weight, Merged) and own is not None and own.describe == one.code.describe
+        found[one.name] = Held(one.code.describe, one.code.entries, encoder, copied)
+    if not codes:
+        return Forms(checkpoint, found, checkpoint.config_edits)
+    checkpoint, beside = _with_the_rest(checkpoint, entries)
+    return Forms(checkpoint, {**found, **beside}, {**checkpoint.config_edits, QUANTIZATION_KEYS[0]: config})
+
+
+def _dtype_in(entries: Mapping[str, Entry], weight: Weight) -> str:
+    return entries[weight.name].dtype if weight.name in entries else weight.dtype
+
+
+def sources_of(weight: Weight) -> dict[str, Entry]:
+    """The base's tensors that hold a weight which nothing has changed, by the names of what is written."""
     if isinstance(weight, Decoded):
-        return weight.code.entries
-    return (weight.source,) if weight.source else ()
+        return {entry.name: entry for entry in weight.code.entries}
+    return {weight.name: weight.source} if weight.source else {}
 
 
 def _code(weight: Weight) -> Code | None:
@@ -154,15 +186,20 @@ def _code(weight: Weight) -> Code | None:
     return weight.code if isinstance(weight, Decoded) else None
 
 
-def _with_the_rest(checkpoint: Checkpoint[Weight]) -> tuple[Checkpoint[Weight], dict[str, Form]]:
-    """The checkpoint with the tensors that go with codes but hold no weight, as scales of activations."""
+def _with_the_rest(
+    checkpoint: Checkpoint[Weight], among: Mapping[str, Entry] | None = None
+) -> tuple[Checkpoint[Weight], dict[str, Form]]:
+    """The checkpoint with the base's tensors that hold no weight but go with codes: scales of activations.
+
+    Of those, the ones `among` these.
+    """
     used = {weight.name for weight in checkpoint.weights}
     used |= {e.name for w in checkpoint.weights if (code := _code(w)) for e in code.entries}
     more: list[Weight] = []
     shards = []
     for shard in checkpoint.shards:
         entries = shard.original.entries if shard.original else ()
-        rest = [e for e in entries if e.name not in used]
+        rest = [e for e in entries if e.name not in used and (among is None or e.name in among)]
         more += [Dense(e.name, e.shape, e.dtype, e) for e in rest]
         shards.append(replace(shard, weights=(*shard.weights, *(e.name for e in rest))))
     grown = replace(checkpoint, weights=(*checkpoint.weights, *more), shards=tuple(shards))

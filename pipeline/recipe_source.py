@@ -28,6 +28,9 @@ from pipeline.stage import SLOTS
 
 GROUP = "recipe"
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+_AXIS = re.compile(r"[a-z][a-z_]*(\.[a-z][a-z_0-9]*)*")
+_NO_AXES = ("hydra", "recipe", "output", "report", "sweep", "debug", "dry_run")
+_SCALARS = (str, int, float, bool, type(None))
 _MAX_BYTES = 256 * 1024  # a recipe is a page; more is a YAML bomb or the wrong file
 
 
@@ -115,6 +118,29 @@ def names() -> dict[str, Path]:
         for path in sorted(folder.rglob("*.yaml")):
             found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
     return found
+
+
+def axes(recipe: str) -> dict[str, list[Any]]:
+    """What `sweep.over` of a recipe's own file asks for: keys and the values each takes; {} for most."""
+    path = names().get(recipe) or Path(recipe).expanduser()
+    if not path.is_file():
+        return {}
+    table = OmegaConf.to_container(_read(path), resolve=False)
+    told = table.get("sweep") if isinstance(table, dict) else None
+    over = told.get("over") if isinstance(told, dict) else None
+    if over is None:
+        return {}
+    if not isinstance(over, dict):
+        raise RecipeError(
+            f"{path}: sweep.over: {over!r} is not a table; write {{save.dtype: [bfloat16, float16]}}"
+        )
+    for key, values in over.items():
+        plain = isinstance(values, list) and values and all(isinstance(v, _SCALARS) for v in values)
+        if not plain:
+            raise RecipeError(f"{path}: sweep.over: {key}: {values!r} is not a list of values")
+        if not _AXIS.fullmatch(str(key)) or str(key).partition(".")[0] in _NO_AXES:
+            raise RecipeError(f"{path}: sweep.over: '{key}' is no key that runs of a sweep may differ in")
+    return {str(key): list(values) for key, values in over.items()}
 
 
 def register() -> None:

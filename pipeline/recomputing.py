@@ -142,7 +142,7 @@ def _is_converted(held: _Held, value: Tensor, start: int) -> bool:
 
 
 def rounding(output: Output, facts: dict[str, Facts]) -> Gate:
-    """Merged weights as near as what they are stored as allows; a figure only where arithmetic is narrower."""
+    """Merged weights as near as their dtype or codes allow; a figure only where arithmetic is narrower."""
     if not facts:
         return Gate("rounding", Status.passed, "no weight is merged", "half a unit in the last place")
     beyond, elements = sum(f.beyond for f in facts.values()), sum(f.elements for f in facts.values())

@@ -48,11 +48,11 @@ def settle(base: Checkpoint[Weight], adapter: Adapter, policy: Tied) -> tuple[Ch
             f"tied: the adapter changes {touching[0].first.module}, but the base shares its embeddings with "
             f"lm_head ({KEY}) and tied=refuse; tied=untie writes both, tied=shared changes both"
         )
-    if policy is Tied.shared:
-        return base, _moved_to(embeddings, adapter, touching)
-    once = [policy is Tied.auto and _meant_once(side) for side in touching]
+    once = [policy is not Tied.untie and _meant_once(side, policy) for side in touching]
     if all(once):
         return base, _without_copies(adapter, touching)
+    if policy is Tied.shared:
+        return base, _moved_to(embeddings, adapter, touching)
     if any(once):
         raise Refused(
             "tied: one adapter trained embeddings and lm_head as one, another only one of them; merge them "
@@ -81,7 +81,7 @@ def _sides(part: Part, embeddings: Weight) -> _Sides:
     return _Sides(part, [d for d in weights if _last(d) == layer], [d for d in weights if _last(d) in HEADS])
 
 
-def _meant_once(side: _Sides) -> bool:
+def _meant_once(side: _Sides, policy: Tied) -> bool:
     """Whether what the adapter holds is one change of the shared tensor."""
     on_embeddings, on_head = side.on_embeddings, side.on_head
     ensured = bool(side.part.config.get("ensure_weight_tying"))
@@ -91,7 +91,7 @@ def _meant_once(side: _Sides) -> bool:
         same = len(on_head) == len(on_embeddings) and all(
             _is_copy(h, e) for h, e in zip(on_head, on_embeddings, strict=True)
         )
-        if ensured and on_embeddings and not same:
+        if ensured and on_embeddings and not same and policy is Tied.auto:
             raise Refused(
                 "tied: the adapter's ensure_weight_tying says that embeddings and lm_head are one, "
                 f"but what it holds for {on_head[0].module} differs from {on_embeddings[0].module}; "
@@ -126,14 +126,24 @@ def _is_copy(head: Delta, embeddings: Delta) -> bool:
 
 
 def _moved_to(embeddings: Weight, adapter: Adapter, sides: Sequence[_Sides]) -> Adapter:
-    """The adapter whose deltas on lm_head go into the shared tensor."""
+    """The adapter whose deltas on lm_head go into the shared tensor, of which one copy is enough."""
     module = embeddings.name.removesuffix(".weight")
     heads = {id(delta) for side in sides for delta in side.on_head}
+    whole = [d for side in sides for d in side.on_embeddings if isinstance(d, Saved)]
+    copies = {
+        id(delta)
+        for side in sides
+        for delta in _before_training(side.on_head, side.part)
+        if any(same_values(delta.entry, other.entry) for other in whole)
+    }
 
     def moved(delta: Delta) -> Delta:
         return replace(delta, module=module) if id(delta) in heads else delta
 
-    return Adapter(tuple(replace(p, deltas=tuple(map(moved, p.deltas))) for p in adapter.parts))
+    def kept(deltas: Sequence[Delta]) -> tuple[Delta, ...]:
+        return tuple(moved(delta) for delta in deltas if id(delta) not in copies)
+
+    return Adapter(tuple(replace(part, deltas=kept(part.deltas)) for part in adapter.parts))
 
 
 def _without_copies(adapter: Adapter, sides: Sequence[_Sides]) -> Adapter:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -83,6 +84,11 @@ class Merges:
     ours: State
     theirs: State
     exact: State
+
+    @property
+    def peft_folder(self) -> str:
+        """Where PEFT's merge in the base's dtype was saved, for models of transformers."""
+        return f"peft-{self.dtype}"
 
     @property
     def different(self) -> list[str]:
@@ -213,8 +219,19 @@ def merged_by_peft(case: Case, folder: Path, dtype: torch.dtype) -> State:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what the libraries and the run say off the terminal."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    """Keeps what the libraries and the run say off the terminal, and draws no report.html (a second each)."""
+    said = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        mock.patch("pipeline.door.report_page", lambda *_: ""),
+    ):
         warnings.simplefilter("ignore")
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
+
+
+def quietly_merged(*arguments: Any, **settings: Any) -> Report:
+    """tests.running.merge, quietly."""
+    with quiet():
+        return merge(*arguments, **settings)

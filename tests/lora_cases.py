@@ -151,7 +151,7 @@ LINEAR_LAYERS: dict[str, Case] = {
     "init gaussian": Case(llama(), lora(init_lora_weights="gaussian")),
     "init orthogonal": Case(llama(), lora(init_lora_weights="orthogonal")),
     "init eva": Case(llama(), lora(init_lora_weights="eva")),
-    "init mica": Case(llama(), lora(init_lora_weights="mica")),
+    "init mica": Case(llama(), lora(init_lora_weights="mica"), DELTA),  # lora_B stays in the base's dtype
     "velora": Case(llama(), lora(velora_config=VeloraConfig())),
     "monteclora": Case(llama(), lora(monteclora_config=MontecloraConfig())),
     "bdlora": Case(

@@ -17,10 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.ground.codes.streams import interleaved, quantized, stream
+from tests.models import tensors
 
 E4M3 = torch.float8_e4m3fn
 LEVELS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # of E2M1, and after them their negatives
 Tensors = dict[str, Tensor]
+BNB: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4, nested": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,8 @@ def nvfp4(weight: Tensor) -> Written:
     scale = (groups.abs().amax(2) / 6 * of_tensor).to(E4M3)
     real = scale.float() / of_tensor
     packed, values = fp4(groups, real)
-    tensors = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": of_tensor}
-    return Written(tensors, values)
+    parts = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": of_tensor}
+    return Written(parts, values)
 
 
 def mxfp4(weight: Tensor) -> Written:
@@ -114,14 +121,14 @@ def pack_quantized(bits: int, group: int, symmetric: bool = True) -> Callable[[T
         zero = zero.clamp(-middle, middle - 1)
         codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(-middle, middle - 1)
         values = (codes - zero[..., None]) * scale.float()[..., None]
-        tensors = {
+        parts = {
             "weight_packed": stream(codes.flatten(1).long() + middle, bits),
             "weight_scale": scale,
             "weight_shape": torch.tensor(weight.shape),
         }
         if not symmetric:
-            tensors["weight_zero_point"] = stream(zero.t().contiguous().long() + middle, bits).t()
-        return Written(tensors, values.flatten(1))
+            parts["weight_zero_point"] = stream(zero.t().contiguous().long() + middle, bits).t()
+        return Written(parts, values.flatten(1))
 
     return write
 
@@ -145,13 +152,13 @@ def gptq(group: int, act_order: bool = False) -> Callable[[Tensor], Written]:
         codes, g_idx = torch.empty_like(sorted_codes), torch.empty_like(order)
         codes[:, order], g_idx[order] = sorted_codes, torch.arange(inputs) // group
         values = (codes - zeros[:, g_idx]).float() * scales.float()[:, g_idx]
-        tensors = {
+        parts = {
             "qweight": stream(codes, 4).t(),
             "qzeros": stream(zeros.t().contiguous(), 4),
             "scales": scales.t(),
             "g_idx": g_idx.int(),
         }
-        return Written(tensors, values)
+        return Written(parts, values)
 
     return write
 
@@ -162,12 +169,12 @@ def awq(group: int) -> Callable[[Tensor], Written]:
     def write(weight: Tensor) -> Written:
         codes, scales, zeros = quantized(weight.float(), 4, group)
         spread = [t.repeat_interleave(group, 1) for t in (zeros, scales.float())]
-        tensors = {
+        parts = {
             "qweight": interleaved(codes.t().contiguous()),
             "qzeros": interleaved(zeros.t().contiguous()),
             "scales": scales.t(),
         }
-        return Written(tensors, (codes - spread[0]).float() * spread[1])
+        return Written(parts, (codes - spread[0]).float() * spread[1])
 
     return write
 
@@ -186,7 +193,7 @@ def hqq(group: int) -> Callable[[Tensor], Written]:
         codes = (flat / scale.float() + zero.float()).round().clamp(0, 15)
         values = (codes.bfloat16() - zero) * scale
         first, second = codes.to(torch.uint8).chunk(2)
-        tensors = {
+        parts = {
             "W_q": first << 4 | second,
             "scale": scale,
             "zero": zero,
@@ -198,7 +205,7 @@ def hqq(group: int) -> Callable[[Tensor], Written]:
             "compute_dtype": text("torch.bfloat16"),
             "view_as_float": torch.tensor(0, dtype=torch.uint8),
         }
-        return Written(tensors, values.float().view(weight.shape))
+        return Written(parts, values.float().view(weight.shape))
 
     return write
 
@@ -208,8 +215,8 @@ def torchao_int8(weight: Tensor) -> Written:
     scale = weight.float().abs().amax(1, keepdim=True) / 127
     codes = (weight.float() / scale).round().clamp(-128, 127)
     told = {"block_size": [1, weight.shape[1]], "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
-    tensors = {"_weight_qdata": codes.to(torch.int8), "_weight_scale": scale}
-    return Written(tensors, codes * scale, {"_type": "Int8Tensor", "_data": told})
+    parts = {"_weight_qdata": codes.to(torch.int8), "_weight_scale": scale}
+    return Written(parts, codes * scale, {"_type": "Int8Tensor", "_data": told})
 
 
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
@@ -281,9 +288,9 @@ def write_base(
     metadata, weights, coded = {"format": "pt"}, {}, set()
     for name, weight in dense.items():
         form = choose(name)
-        written = form.write(weight) if form else Written({"weight": weight}, weight)
+        written = form.write(weight) if form else Written({"": weight}, weight)
         weights[name] = written.weight
-        module = name.removesuffix("weight")
+        module = name.removesuffix("weight") if form else name
         if form:
             coded.add(name)
         if written.metadata:
@@ -295,10 +302,33 @@ def write_base(
     files = ["model.safetensors"]
     if shards:
         files = [f"model-{n + 1:05d}-of-{len(held):05d}.safetensors" for n in range(len(held))]
-        places = {name: file for file, tensors in zip(files, held, strict=True) for name in tensors}
+        places = {name: file for file, some in zip(files, held, strict=True) for name in some}
         index = {"metadata": {}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for file, tensors in zip(files, held, strict=True):
-        save_file(tensors, folder / file, metadata)
+    for file, some in zip(files, held, strict=True):
+        save_file(some, folder / file, metadata)
     (folder / "config.json").write_text(json.dumps(dict(config)))
     return Base(folder, weights, frozenset(coded))
+
+
+def write_bitsandbytes(folder: Path, dense: Path, settings: Mapping[str, Any]) -> Base:
+    """The model that transformers quantizes and saves, and its weights as bitsandbytes decodes them."""
+    from bitsandbytes import functional
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16, **settings)
+    options = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": "cpu"}
+    AutoModelForCausalLM.from_pretrained(dense, **options).save_pretrained(folder)
+    held, weights = tensors(folder), {}
+    for weight in tensors(dense):
+        state = {key.removeprefix(f"{weight}."): t for key, t in held.items() if key.startswith(f"{weight}.")}
+        scale = held.get(f"{weight.removesuffix('weight')}SCB")
+        if state:
+            known = functional.QuantState.from_dict(state, torch.device("cpu"))
+            known.dtype = torch.float32
+            weights[weight] = functional.dequantize_4bit(held[weight], known)
+        elif scale is not None:
+            weights[weight] = functional.int8_vectorwise_dequant(held[weight], scale)
+        else:
+            weights[weight] = held[weight]
+    return Base(folder, weights, frozenset(n for n, w in weights.items() if w is not held[n]))

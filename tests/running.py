@@ -21,6 +21,7 @@ def pipeline(
     *,
     save: str = "merged",
     verify: str = "none",
+    dequantize: str = "auto",
     method: str = "exact",
     merge_dtype: str = "float32",
     dtype: str = "keep",
@@ -30,6 +31,7 @@ def pipeline(
     expect: dict[str, Any] | None = None,
     verify_settings: dict[str, Any] | None = None,
     method_settings: dict[str, Any] | None = None,
+    dequantize_settings: dict[str, Any] | None = None,
     **save_settings: Any,
 ) -> stage.Pipeline:
     """A pipeline as the command line would build it."""
@@ -39,7 +41,7 @@ def pipeline(
     return stage.Pipeline(
         extract=stages["extract"]["peft"](adapter=chosen(adapter), **(expect or {})),
         load=stages["load"][load](base_model=str(base)),
-        dequantize=stages["dequantize"]["auto"](),
+        dequantize=stages["dequantize"][dequantize](**(dequantize_settings or {})),
         merge=stages["merge"][method](
             merge_dtype=FloatDtype[merge_dtype], weight=weight, names=names or {}, **(method_settings or {})
         ),

@@ -374,7 +374,9 @@ def test_a_report_may_be_the_page_alone(here: Path) -> None:
 
 def test_what_is_published_names_no_path_of_this_machine(here: Path) -> None:
     absolute = [f"{a.partition('=')[0]}={here / a.partition('=')[2]}" for a in ARGUMENTS]
-    assert answer(*absolute, "verify=structure", f"report={here / 'mine.json'}", cwd=here).status == 0
+    (here / "own.txt").write_text("words")
+    own = ["verify.tokens=0", f"verify.text={here / 'own.txt'}", "verify.min_retained=0"]
+    assert answer(*absolute, *own, f"report={here / 'mine.json'}", cwd=here).status == 0
     for path in (here / "out").iterdir():
         assert str(here).encode() not in path.read_bytes(), path.name
 
@@ -548,16 +550,21 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(h
 SWEEP = ("-m", "base_model=base", "adapter=adapter", "output=sweep", "verify=none")
 
 
+def runs(here: Path) -> list[Path]:
+    """The folders of a sweep's runs."""
+    return [path for path in (here / "sweep").iterdir() if path.is_dir()]
+
+
 def test_a_sweep_makes_one_folder_for_each_run_named_by_the_swept_keys(here: Path) -> None:
     before = listing(here)
     said = answer(*SWEEP, "merge_dtype=float32,float64", "save.dtype=bfloat16,float32", cwd=here)
     assert said.status == 0, said
-    assert sorted(p.name for p in (here / "sweep").iterdir()) == [
+    assert sorted(p.name for p in runs(here)) == [
         f"merge_dtype={merge},save.dtype={save}"
         for merge in ("float32", "float64")
         for save in ("bfloat16", "float32")
     ]
-    for folder in (here / "sweep").iterdir():
+    for folder in runs(here):
         dtype = json.loads((folder / "config.json").read_text())["torch_dtype"]
         assert folder.name.endswith(f"save.dtype={dtype}")
     new = listing(here).keys() - before.keys()
@@ -570,7 +577,7 @@ def test_a_swept_key_may_also_be_a_path(here: Path) -> None:
     others = [a for a in SWEEP if not a.startswith("adapter=")]
     said = answer(*others, "adapter=adapter,'other, adapter'", cwd=here)
     assert said.status == 0, said
-    names = sorted(p.name for p in (here / "sweep").iterdir())
+    names = sorted(p.name for p in runs(here))
     assert len(names) == 2
     assert all(name.startswith("adapter=") for name in names)
 
@@ -580,13 +587,13 @@ def test_a_path_with_a_comma_is_one_path_in_a_sweep_too(here: Path, path: str) -
     write_base(here / path)
     said = answer(*SWEEP, f"base_model={path}", "save.dtype=bfloat16,float32", cwd=here)
     assert said.status == 0, said
-    assert sorted(p.name for p in (here / "sweep").iterdir()) == ["save.dtype=bfloat16", "save.dtype=float32"]
+    assert sorted(p.name for p in runs(here)) == ["save.dtype=bfloat16", "save.dtype=float32"]
 
 
 def test_a_failed_run_of_a_sweep_does_not_stop_the_others(here: Path) -> None:
     said = answer(*SWEEP, "rank=9,4,10", cwd=here)
     assert said.status == 1
-    assert [p.name for p in (here / "sweep").iterdir()] == ["rank=4"]
+    assert [p.name for p in runs(here)] == ["rank=4"]
     assert "error: rank: the recipe says 9, the adapter has 4" in said.err
     assert "error: rank: the recipe says 10, the adapter has 4" in said.err
     table = said.out[said.out.rindex("run ") :]

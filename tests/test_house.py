@@ -16,8 +16,19 @@ from tests.command import ARGUMENTS, run
 
 HOUSE = Path(pipeline.__file__).parent
 FILES = sorted(path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.py"))
-DOOR = {"__main__", "arguments", "compose", "door", "help", "recipe_source", "sentences"}
+DOOR = {
+    "__main__",
+    "arguments",
+    "compose",
+    "door",
+    "help",
+    "publishing",
+    "recipe_source",
+    "sentences",
+    "sweep",
+}
 CONTRACT = {
+    "answering",
     "binding",
     "combined",
     "contents",

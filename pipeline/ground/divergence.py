@@ -50,9 +50,7 @@ def compared(
     }
 
 
-def _of_the_text(
-    adapter: Tensor, base: Tensor, merged: Tensor, following: Tensor | None
-) -> dict[str, Any]:
+def _of_the_text(adapter: Tensor, base: Tensor, merged: Tensor, following: Tensor | None) -> dict[str, Any]:
     """What the models give the tokens that do follow: perplexities, and how far probabilities moved."""
     import torch
 

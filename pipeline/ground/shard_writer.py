@@ -1,4 +1,4 @@
-"""Writing a shard at final offsets, in any order; its hash is taken in file order meanwhile, or at the end."""
+"""Writing a shard at final offsets, in any order; hashed meanwhile in file order, or at the end."""
 
 from __future__ import annotations
 

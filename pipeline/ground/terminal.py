@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 from pipeline.ground.report import Action, AdapterContents, Plan, Report, Status, retained, unique
 from pipeline.ground.units import show_bytes, show_seconds
@@ -114,16 +114,12 @@ def show_report(report: Report, stands_at: str) -> None:
 
 
 @_while_someone_listens
-def show_sweep(rows: list[dict[str, Any]]) -> None:
-    """One line for each run of a sweep."""
-    heads = {"run": "run", "result": "result", "size": "size", "retained": "rounding kept"}
-    heads |= {"ratio": "KL ratio", "time": "time"}
-    table = [heads, *rows]
-    widths = {key: max(len(str(row[key])) for row in table) + 2 for key in heads}
-    for row in table:
-        console().print(
-            "".join(f"{row[key]!s:{width}}" for key, width in widths.items()).rstrip(), markup=False
-        )
+def show_sweep(lines: list[dict[str, str]]) -> None:
+    """The leaderboard, heads first."""
+    widths = {key: max(len(line[key]) for line in lines) + 2 for key in lines[0]}
+    for line in lines:
+        told = "".join(f"{line[key]:{width}}" for key, width in widths.items())
+        console().print(told.rstrip(), markup=False)
 
 
 def _show(out: Console, title: str, lines: list[tuple[str, str]]) -> None:

@@ -47,6 +47,7 @@ def test_a_sound_merge_passes_every_gate(made: tuple[Path, Path, Path], tmp_path
     base, adapter, _ = made
     report = merge(base, adapter, tmp_path / "out", verify="standard")
     names = ["structure", "untouched", "converted", "rounding", "effect", "retained", "logits"]
+    names += ["divergence", "tail", "same token", "probabilities"]
     assert gates(report) == dict.fromkeys(names, Status.passed)
     assert report.logits is not None
     assert 0 < report.logits["kl_mean"] < 1e-3 * report.logits["kl_adapter_base"]
@@ -193,6 +194,25 @@ def test_divergence_is_torchs_own() -> None:
     low, high = found["ratio_interval"]
     assert low < found["ratio"] < high
     assert found["top1_agreement"] == float((p.argmax(-1) == r.argmax(-1)).double().mean())
+
+
+def test_a_text_of_ones_own_is_what_logits_are_compared_on(
+    made: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, merged = made
+    from pipeline.ground.errors import Refused
+
+    for text, said in (
+        (tmp_path / "none.txt", "cannot be read as text"),
+        (tmp_path / "empty.txt", "is empty"),
+    ):
+        (tmp_path / "empty.txt").write_text(" \n")
+        with pytest.raises(Refused, match=said):
+            verify(base, adapter, merged, text=str(text))
+    (tmp_path / "own.txt").write_text("words of mine")
+    from pipeline.answering import read_text
+
+    assert read_text(str(tmp_path / "own.txt")) == "words of mine"
 
 
 def test_logits_that_do_not_fit_are_skipped_with_a_finding(

@@ -22,7 +22,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
     ),
     "fp4": (*(level / 12 for level in _FP4), *(-level / 12 for level in _FP4)),
 }
-_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class State:
         right = {
             "quant_type": fields.get("quant_type") == kind,
             "shape": isinstance(shape, list) and bool(shape) and all(type(n) is int and n > 0 for n in shape),
-            "blocksize": type(blocksize) is int and blocksize in _BLOCKSIZES,
+            "blocksize": type(blocksize) is int and blocksize in BLOCKSIZES,
         }
         if wrong := [key for key, is_right in right.items() if not is_right]:
             raise refusal(
@@ -62,7 +62,7 @@ class State:
     def nested(self, absmax: Entry, levels: Entry, blocks: int) -> Nested:
         """How the scales of `blocks` blocks are quantized; Refused where the tensors do not fit."""
         size, offset, dtype = (self.fields.get(f"nested_{key}") for key in ("blocksize", "offset", "dtype"))
-        sound = size in _BLOCKSIZES and isinstance(offset, float) and isfinite(offset) and dtype == "float32"
+        sound = size in BLOCKSIZES and isinstance(offset, float) and isfinite(offset) and dtype == "float32"
         if not sound or size is None or offset is None:
             told_of = f"nested_blocksize {size!r}, nested_offset {offset!r} and nested_dtype {dtype!r}"
             raise refusal(absmax, f"stands beside {told_of}, which bitsandbytes does not write")

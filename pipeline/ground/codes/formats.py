@@ -42,6 +42,7 @@ _TRACES = re.compile(
     r"quant_state\.\w+|weight_scale(_inv|_2)?|weight_packed|weight_shape|weight_zero_point|weight_global_scale|"
     r"\w+_blocks|\w+_scales|\w+_scale_inv|qscale_weight|W_q|_weight_qdata|_weight_scale|_weight_zero_point)"
 )
+_LISTED = 20  # names of them in one sentence
 # Scales of activations, which say nothing of the weights and go with the codes.
 _OF_ACTIVATIONS = re.compile(
     r"(.*\.)?(qscale_act|\w+_activation_scale|\w+_input_scale|input_scale|activation_scale|output_scale|input_global_scale|input_zero_point|output_zero_point|"
@@ -76,8 +77,9 @@ def detect(
     if found and (twice := [f.name for f in found if f.name in rest]):
         wrong.append(f"{twice[0]}: stands both as codes and as plain numbers ({len(twice)} weights)")
     if not wrong and (left := [name for name in rest if _TRACES.fullmatch(name)]):
+        more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
         wrong.append(
-            f"{left[0]}: belongs to a quantized weight that no decoder here understands "
+            f"{', '.join(left[:_LISTED])}{more}: of quantized weights that no decoder here understands "
             f"({len(left)} such tensors; quant_method {quantization.config.get('quant_method')!r})"
         )
     if wrong:

@@ -49,13 +49,13 @@ def fitted(
 
 
 def told_blocks(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    """The blocks that a config tells of: of the whole checkpoint, or of compressed-tensors' groups."""
+    """The blocks of floats that a config tells of: the whole checkpoint's, or compressed-tensors' groups'."""
     told = [config.get("weight_block_size")]
     for group in _tables(config.get("config_groups")):
         weights = group.get("weights")
-        if isinstance(weights, dict):
+        if isinstance(weights, dict) and weights.get("type") != "int":
             told += [weights.get("block_structure"), [1, weights.get("group_size")]]
-    return tuple(block for block in map(_block, told) if block) or (_USUAL,)
+    return tuple(dict.fromkeys(block for block in map(_block, told) if block)) or (_USUAL,)
 
 
 def _tables(table: Any) -> Iterator[Mapping[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pipeline.ground import dtypes
@@ -12,7 +12,9 @@ from pipeline.ground.model_config import ConfigFile
 from pipeline.ground.report import Plan
 from pipeline.ground.shards import read_checkpoint
 from pipeline.ground.tables import read_table
+from pipeline.ground.written import codes_in
 from pipeline.layout import describe, plan_shards
+from pipeline.quantizing import Forms, found_as
 from pipeline.stage import Save, stage
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
@@ -38,14 +40,14 @@ class Existing(Save):
         if any(part.extraction for part in adapter.parts):
             raise Refused("save: existing checks a model merged with an adapter that exists; extract first")
         shards = read_checkpoint(self.output)
-        stored = {e.name: e.dtype for shard in shards for e in shard.entries}
-        planned = plan_shards(merged, lambda w: stored.get(w.name, w.dtype), None)
+        dtypes_found = {e.dtype for shard in shards for e in shard.entries}
+        forms = self._found(merged)
         return describe(
-            planned,
-            merged,
+            plan_shards(forms.checkpoint, lambda w: forms.of[w.name], None),
+            forms.checkpoint,
             adapter,
             output=self.output.name,
-            dtype=", ".join(sorted({dtypes.config_name(d) for d in stored.values()})),
+            dtype=", ".join(sorted({dtypes.config_name(d) for d in dtypes_found})),
             shards={shard.file.path.name: shard.file.size for shard in shards},
             peak_memory=0,
             disk=0,
@@ -54,4 +56,13 @@ class Existing(Save):
     def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:
         manifest = self.output / NAME
         known = read_table(manifest) if manifest.is_file() else {}
-        return Output(self.output, self.plan(merged, adapter), merged, adapter, manifest=known)
+        plan, forms = self.plan(merged, adapter), self._found(merged)
+        grown = replace(forms.checkpoint, config_edits=forms.config_edits)
+        return Output(self.output, plan, grown, adapter, manifest=known)
+
+    def _found(self, merged: Checkpoint[Weight]) -> Forms:
+        """What every weight is held as there; Refused for codes that cannot be judged."""
+        shards = read_checkpoint(self.output)
+        said = ConfigFile(self.output / "config.json").quantization_config
+        entries = {entry.name: entry for shard in shards for entry in shard.entries}
+        return found_as(merged, entries, codes_in(self.output), said)

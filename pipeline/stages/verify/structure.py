@@ -10,9 +10,10 @@ from typing import Any
 from pipeline.diagnosing import belong, diagnose, surroundings
 from pipeline.ground.compare import identical, structure, unchanged
 from pipeline.ground.report import Finding, Gate, Report, Status
+from pipeline.ground.survival import survival
+from pipeline.quantizing import sources_of
 from pipeline.stage import Verify, stage
 from pipeline.stages.verify.extraction import extracted, proof
-from pipeline.quantizing import entries_of
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
@@ -39,7 +40,7 @@ def files(output: Output, base: Checkpoint[Weight]) -> list[Gate]:
     gate = structure(output.folder, output.plan)
     if gate.status is Status.failed:
         return [gate]
-    sources = {e.name: e for w in output.merged.weights for e in entries_of(w)}
+    sources = {name: entry for w in output.merged.weights for name, entry in sources_of(w).items()}
     return [gate, *belong(output), identical(output.folder, output.plan, sources)]
 
 
@@ -74,6 +75,7 @@ def report(
     failed = any(gate.status is Status.failed for gate in gates)
     if gates and not output.statistics:
         findings = (*findings, *surroundings(output).notes)
+    findings = (*findings, *survival(output.statistics))
     return Report(
         plan=output.plan,
         gates=tuple(gates),

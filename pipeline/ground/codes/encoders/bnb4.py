@@ -91,7 +91,8 @@ class Bnb4Encoder(Encoder):
     def decoded(self, encoded: Encoded, start: int) -> Tensor:
         table = pairs(LEVELS[self.kind], True, str(encoded.codes.device))
         values = decode(encoded.codes, encoded.sides[0], self.blocksize, table)
-        return values[: len(values) // self.shape[-1] * self.shape[-1]].view(-1, self.shape[-1])
+        rest = prod(self.shape) - start * self.shape[-1]  # without the nibble that an odd count leaves over
+        return values[:rest].view(-1, self.shape[-1])
 
     def finish(self, sides: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         import torch

@@ -1,0 +1,183 @@
+"""The model's answers: base + unmerged adapter against the merged folder, where both can be run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pipeline.combined import Combined
+from pipeline.ground import logits
+from pipeline.ground.deltas.lora import Lora
+from pipeline.ground.device import resolve_device
+from pipeline.ground.errors import Refused
+from pipeline.ground.gates import REPORTED, Limits, judge, limits_of
+from pipeline.ground.model_config import QUANTIZATION_KEYS, ConfigFile, edited
+from pipeline.ground.peft_faults import fault
+from pipeline.ground.report import Gate, Status
+from pipeline.ground.units import show_bytes
+from pipeline.ground.written import Written
+from pipeline.weight import Adapter, Checkpoint, Merged, Output, Weight
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a recipe asks of the answers."""
+
+    tokens: int
+    text: str | None
+    prompt: str | None
+    limits: Limits
+    device: str
+    memory_limit: int | None = None
+
+
+class _Skipped(Exception):  # noqa: N818  it reads like what happened
+    """Why nothing is compared: for the gate, and as a finding."""
+
+    def __init__(self, seen: str, finding: str) -> None:
+        self.seen, self.finding = seen, finding
+
+
+def read_text(path: str) -> str:
+    """The text of a file; Refused where it cannot be read."""
+    try:
+        text = Path(path).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"verify.text: '{path}' cannot be read as text ({error})") from None
+    if not text.strip():
+        raise Refused(f"verify.text: '{path}' is empty; give a file of text")
+    return text
+
+
+def answers(
+    output: Output,
+    base: Checkpoint[Weight],
+    adapter: Adapter,
+    asked: Asked,
+    gates: list[Gate],
+    findings: list[str],
+) -> logits.Outcome | None:
+    """Runs the models and adds gates and findings; None where nothing could be compared."""
+    if not asked.tokens:
+        return None
+    usual = limits_of(output.plan.weights)
+    reported = _coded(output) and asked.limits.max_ratio is None  # `retained` judges what codes lose
+    wanted = REPORTED if reported else f"ratio <= {asked.limits.over(usual).max_ratio:g}"
+    try:
+        models, device = _models(output, base, adapter, asked)
+        outcome = logits.compare(models, _text(asked), asked.tokens, asked.prompt, device)
+    except _Skipped as reason:
+        findings.append(f"logits were not compared{reason.finding}")
+        gates.append(Gate("logits", Status.skipped, reason.seen, wanted))
+        return None
+    except logits.CannotCompare as reason:
+        findings.append(f"logits were not compared, because base and adapter do not load: {reason}")
+        gates.append(Gate("logits", Status.skipped, "base and adapter do not load", wanted))
+        return None
+    except logits.MergedDoesNotRun as reason:
+        gates.append(Gate("logits", Status.failed, f"the merged model does not run ({reason})", wanted))
+        return None
+    judged, told = judge(outcome.figures, usual, asked.limits, logits.as_text(outcome.figures), reported)
+    gates += judged
+    findings += [*outcome.assumed, *told]
+    return outcome
+
+
+def _text(asked: Asked) -> str:
+    if asked.text is not None:
+        return read_text(asked.text)
+    return package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
+
+
+def _models(
+    output: Output, base: Checkpoint[Weight], adapter: Adapter, asked: Asked
+) -> tuple[logits.Models, str]:
+    """What is compared and where; _Skipped where there is no reference, or not enough memory for it."""
+    if methods := {w.combination.method for w in output.merged.weights if isinstance(w, Combined)}:
+        raise _Skipped(
+            "no reference for the combination",
+            f": base and adapters do not add up to what {min(methods)} merges",
+        )
+    if faults := list(filter(None, (fault(p.config, p.deltas) for p in adapter.parts))):
+        raise _Skipped("no reference", f", because PEFT {faults[0]}")
+    adapters = _adapters(adapter, output.merged)
+    if any(f != 1 for _, f in adapters) and not all(isinstance(d, Lora) for d in adapter.deltas):
+        raise _Skipped("no reference for the weight", ": PEFT gives a weight to LoRA only")
+    vocabulary = max((prod(w.shape[:1]) for w in base.weights if len(w.shape) == 2), default=1)
+    needed = logits.memory_needed(output.plan.num_parameters, vocabulary, asked.tokens)
+    device = resolve_device(asked.device)
+    if device != "cpu" and needed > logits.memory_free(device):
+        device = "cpu"
+    free = asked.memory_limit or logits.memory_free(device)
+    if needed > free:
+        raise _Skipped(
+            "not enough memory",
+            f": that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free",
+        )
+    decoded = _decoded_model(output) if _coded(output) else None
+    return logits.Models(output.folder, adapters, base_model(base, output.merged), decoded), device
+
+
+def _coded(output: Output) -> bool:
+    return any(weight.codes for weight in output.plan.weights)
+
+
+def _adapters(adapter: Adapter, merged: Checkpoint[Weight]) -> list[tuple[Path, float]]:
+    """Each adapter's folder with the factor that it was merged with."""
+    factors = {p.part: p.factor for w in merged.weights if isinstance(w, Merged) for p in w.placed}
+    return [(part.origin.folder, factors.get(n, 1.0)) for n, part in enumerate(adapter.parts)]
+
+
+def base_model(base: Checkpoint[Weight], merged: Checkpoint[Weight]) -> Callable[[type], Any]:
+    """How to get the base in float32, from its folder or decoded weights, with room for new tokens."""
+
+    edits = merged.config_edits
+
+    def load(cls: Any) -> Any:
+        model = plain(cls)
+        if vocabulary := edits.get("vocab_size"):
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        return model
+
+    def plain(cls: Any) -> Any:
+        import torch
+
+        if all(weight.source is not None for weight in base.weights):
+            labels = {"num_labels": len(edits["id2label"])} if "id2label" in edits else {}
+            return cls.from_pretrained(
+                base.origin.folder, dtype=torch.float32, trust_remote_code=False, **labels
+            )
+        state = {}
+        for weight in base.weights:
+            with weight.open("cpu") as tiles:
+                state[weight.name] = tiles(0, weight.num_rows).value.float().view(weight.shape)
+        from transformers import AutoConfig
+
+        config = edited(base.config.read(), base.config_edits)
+        made = AutoConfig.for_model(**config)
+        return cls.from_pretrained(None, config=made, state_dict=state, dtype=torch.float32)
+
+    return load
+
+
+def _decoded_model(output: Output) -> Callable[[type], Any]:
+    """How to get the output in float32, its codes decoded here and not by the loader."""
+
+    def load(cls: Any) -> Any:
+        import torch
+        from transformers import AutoConfig
+
+        folder = Written(output.folder)
+        state = {
+            w.name: folder.rows(w.name, 0, prod(w.shape[:-1])).float().view(w.shape)
+            for w in output.plan.weights
+        }
+        config = edited(ConfigFile(output.folder / "config.json").read(), {QUANTIZATION_KEYS[0]: None})
+        made = AutoConfig.for_model(**config)
+        return cls.from_pretrained(None, config=made, state_dict=state, dtype=torch.float32)
+
+    return load
