@@ -113,10 +113,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         dense = Path(scratch) / "dense"
         options = {"gguf_file": GGUF.name, "dtype": torch.bfloat16}
-        AutoModelForCausalLM.from_pretrained(GGUF.parent, **options).save_pretrained(dense)
+        loaded = AutoModelForCausalLM.from_pretrained(GGUF.parent, **options)
+        del loaded.config.quantization_config
+        model = AutoModelForCausalLM.from_config(loaded.config).bfloat16()
+        model.load_state_dict(loaded.state_dict())
+        model.save_pretrained(dense)
         tokenizer = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
         text = (ROOT / "pipeline/ground/sample.txt").read_text()
-        tokens = torch.tensor(tokenizer(text)["input_ids"][:512]).view(-1, 128)
+        tokens = torch.tensor(tokenizer(text)["input_ids"][:256]).view(-1, 128)
         print("| format | base | KL(adapter, merged) | of KL(adapter, base) | top-1 | bits differ | s |")
         print("|---" * 7 + "|")
         for name, make in chosen.items():

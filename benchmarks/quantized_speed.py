@@ -187,11 +187,17 @@ def measure(folder: Path) -> dict[str, Any]:
     figures["merge"] = timed(lambda: passed([*merged], store))
     figures["memory"] = memory("VmHWM") - before
     reports: list[Report] = []
-    cpu = timed(lambda: reports.append(merge(folder / "base", folder / "adapter", folder / "out")))[1]
-    figures["run"] = reports[0].save["seconds"], cpu
+
+    def run() -> None:
+        reports.append(merge(folder / "base", folder / "adapter", folder / f"out{len(reports)}"))
+
+    run()  # the first one imports what it needs
+    cpu = timed(run)[1]
+    figures["run"] = reports[1].save["seconds"], cpu
     figures["peak"] = memory("VmHWM") - before
     figures["plan"] = reports[0].plan.peak_memory / 1e6
-    shutil.rmtree(folder / "out")
+    for number in range(2):
+        shutil.rmtree(folder / f"out{number}")
     return figures
 
 

@@ -60,9 +60,11 @@ def bind(base: Checkpoint[Weight], adapter: Adapter, factor: float, renames: Map
             wrong.append(f"adapter: two hold {min(both)} whole; only one can take its place")
         together.whole |= bound.whole
         together.homeless += bound.homeless
-        others = {name for name, placed in together.placed.items() if {p.part for p in placed} - {number}}
+        elsewhere = {n for n, placed in together.placed.items() if {p.part for p in placed} - {number}}
         changed = {name for name, placed in bound.placed.items() if placed}
-        if twice := (bound.whole.keys() & others) | ((together.whole.keys() - bound.whole.keys()) & changed):
+        if twice := (bound.whole.keys() & elsewhere) | (
+            (together.whole.keys() - bound.whole.keys()) & changed
+        ):
             wrong.append(
                 f"adapter: one holds {min(twice)} whole and another changes it, whose order would matter"
             )

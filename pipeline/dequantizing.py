@@ -17,8 +17,9 @@ def dense(stored: Checkpoint[Stored]) -> Checkpoint[Weight]:
     turned = [w.name for w in stored.weights if _lies_turned(w, stored.config.model_type)]
     if turned:
         raise Refused(
-            f"base_model: {turned[0]} is a Conv1D weight of {stored.config.model_type}, which quantizers hold "
-            f"transposed ({len(turned)} weights); this version does not turn it back, give the 16-bit model"
+            f"{stored.origin.asked}: {turned[0]} is a Conv1D weight of {stored.config.model_type}, which "
+            f"quantizers hold transposed ({len(turned)} weights); this version does not turn it back, give "
+            "the 16-bit model"
         )
     parts = {f.name: getattr(stored, f.name) for f in fields(stored)}
     parts["weights"] = tuple(_weight(weight) for weight in stored.weights)

@@ -12,7 +12,8 @@ from typing import Any
 from pipeline.ground import hub
 from pipeline.ground.codes.code import Quantization
 from pipeline.ground.codes.formats import detect
-from pipeline.ground.codes.gguf import GgufCode, row_bytes
+from pipeline.ground.codes.gguf import row_bytes
+from pipeline.ground.codes.gguf_code import GgufCode
 from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import Extent, File

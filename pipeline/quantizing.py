@@ -94,7 +94,9 @@ def _told(
     ragged = [
         form.name
         for form in found.values()
-        if isinstance(form, Fp8Encoder) and form.grid.height > 1 and any(n > 128 and n % 128 for n in form.shape)
+        if isinstance(form, Fp8Encoder)
+        and form.grid.height > 1
+        and any(n > 128 and n % 128 for n in form.shape)
     ]
     if ragged:
         told.append(

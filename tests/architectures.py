@@ -143,7 +143,10 @@ CASES: dict[str, Case] = {
             head_dim=8,
             interleave_moe_layer_step=1,
         ),
-        with_experts("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+        all_linear(
+            target_parameters=["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+            exclude_modules=["router"],  # PEFT cannot run LoRA on it
+        ),
         MOE,
     ),
     "Gemma 3": Case(

@@ -226,10 +226,11 @@ def difference(slices: Sequence[Slice], device: str) -> tuple[Tensor, Noise]:
 
 def workers_for(parameters: Sequence[Parameter], most: int, free: int) -> int:
     """How many matrices may be in memory at once."""
-    needed = max((_bytes_needed(p) for p in parameters), default=1)
+    needed = max((bytes_needed(p) for p in parameters), default=1)
     return max(1, min(most, free // max(needed, 1)))
 
 
-def _bytes_needed(parameter: Parameter) -> int:
+def bytes_needed(parameter: Parameter) -> int:
+    """Memory for one of its matrices while it is decomposed."""
     m, n = sorted(parameter.matrix)
     return 4 * (2 * m * n + 4 * m * m)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.extraction.choice import Chosen
 from pipeline.extraction.decomposing import Decomposed, Rule
 from pipeline.extraction.parameters import Parameter
-from pipeline.extraction.writing import num_parameters, saved_bytes
+from pipeline.extraction.tensors import num_parameters, saved_bytes
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.dtypes import num_bytes
@@ -32,6 +32,7 @@ class Extraction:
     tuned: Checkpoint[Weight]
     chosen: Chosen
     disk: int  # bytes of the adapter, at most
+    memory: int  # bytes for matrices while they are decomposed, at most
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0  # that decomposing took
 

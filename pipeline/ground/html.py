@@ -45,7 +45,7 @@ def _verdict(report: Report, title: str) -> Markup:
         said[0] += f", {len(skipped)} skipped." if skipped else "."
     if not report.gates:
         said = ["Nothing was checked."]
-    said += [f"Likely cause: {cause}." for cause in report.causes]
+    said = [*(f"Likely cause: {cause}." for cause in report.causes), *said]
     return element(
         "header",
         element("b", _word(report), class_="word"),
@@ -63,7 +63,7 @@ def _figures(report: Report) -> Markup:
     if kept:
         cells.append(("of the delta survives", f"{kept['mean']:.2%}"))
     if worst:
-        cells.append(("worst rounding", f"{max(worst):.3f} ulp"))
+        cells.append(("worst rounding", f"{max(worst):.4g} ulp"))
     if logits:
         cells += [
             ("KL ratio", f"{logits['ratio']:.2g}"),

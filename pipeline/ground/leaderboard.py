@@ -190,13 +190,13 @@ def as_page(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
     cells = [
         (
             str(n),
-            element("a", r.run, href=quote(r.link)) if r.link else r.run,
             element("span", r.result, class_=f"mark {'passed' if r.sound else 'failed'}"),
+            element("a", r.run, href=quote(r.link)) if r.link else r.run,
             *(_cell(r, c, marked) for c in shown),
         )
         for n, r in enumerate(ordered, 1)
     ]
-    columns = [Column(""), Column("run"), Column("result"), *(Column(c.head, number=True) for c in shown)]
+    columns = [Column(""), Column("result"), Column("run"), *(Column(c.head, number=True) for c in shown)]
     parts = [head, section("Leaderboard", table(columns, cells, "wide"))]
     known = [
         (str(n), r.values["size"] / 1e6, r.values["ratio"]) for n, r in enumerate(ordered, 1) if _both(r)

@@ -22,6 +22,7 @@ from pipeline.ground.progress import working
 if TYPE_CHECKING:
     from torch import Tensor
 
+_CHARACTERS = 16  # of a text that no tokenizer makes one token of, on average
 SEQUENCE = 128  # tokens in one forward pass
 _TOGETHER = 4  # sequences in one pass, where the noise of the evaluation is measured
 _PREDICT_NEXT = ("CausalLM", "LMHead", "ConditionalGeneration")  # in the names of such classes
@@ -150,7 +151,8 @@ def tokens_of(tokenizer: Any, text: str, config: Any, count: int, assumed: list[
     size = getattr(config.get_text_config(), "vocab_size", 2)
     if tokenizer is not None:
         ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:count])
-        if len(ids) and int(ids.max()) < size:
+        speaks = len(ids) >= min(count, len(text) // _CHARACTERS)  # transformers makes one of nothing
+        if len(ids) and speaks and int(ids.max()) < size:
             if len(ids) < count:
                 assumed.append(f"logits were compared on {len(ids)} tokens, all that the text has")
             length = min(_longest(config), len(ids))

@@ -62,9 +62,9 @@ class Kind:
     """One peft_type.
 
     `tensors`: suffixes that follow the module's name in a key; `shared`: keys that follow `base_model.`
-    alone; `unused`: beginnings of suffixes that served training only. `fields`: what `read` understands of the config, with what only steers training. `refused`:
-    fields that, when set, mean something that cannot be merged, and what. `read` gives the deltas of one
-    module; it raises Refused by `Trained.refuse`.
+    alone; `unused`: beginnings of suffixes that served training only. `fields`: what `read` understands of
+    the config, with what only steers training. `refused`: fields that, when set, mean something that cannot
+    be merged, and what. `read` gives the deltas of one module; it raises Refused by `Trained.refuse`.
     """
 
     peft_type: str

@@ -122,6 +122,7 @@ def _bare_parameter(trained: Trained, A: Entry) -> str | None:
                 parameters.append(parameter)
         elif depth or A.shape[0] != _rank(owner, trained.config):
             parameters.append(parameter)
+    parameters = list(dict.fromkeys(parameters))  # PEFT lists some by two names
     if not parameters:
         return None
     if len(parameters) > 1 and not set(parameters) <= set(_DECLARED):

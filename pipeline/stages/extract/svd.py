@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pipeline.dequantizing import dense
 from pipeline.extraction.choice import Chosen, Rest, choose, without_place
-from pipeline.extraction.decomposing import Rule, decompose, workers_for
+from pipeline.extraction.decomposing import Rule, bytes_needed, decompose, workers_for
 from pipeline.extraction.differences import Change, compare
 from pipeline.extraction.pairs import Pair, paired
 from pipeline.extraction.parameters import Parameter, parameters
 from pipeline.extraction.result import Extraction, facts, most_bytes, planned, ranks
-from pipeline.extraction.writing import Content, Layout, config, write
+from pipeline.extraction.tensors import Content, Layout
+from pipeline.extraction.writing import config, write
 from pipeline.ground import workplace
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS, read_adapter
+from pipeline.ground.deltas.delta import Delta
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.dtypes import FloatDtype
@@ -30,6 +34,7 @@ from pipeline.ground.manifest import published
 from pipeline.ground.model_modules import Model, in_memory
 from pipeline.ground.report import Finding
 from pipeline.ground.spool import Spool
+from pipeline.loading import load_checkpoint
 from pipeline.merging import merged
 from pipeline.stage import Extract, stage
 from pipeline.stages.extract.peft import Peft
@@ -78,15 +83,8 @@ class Svd(Extract):
         chosen = self._chosen
         lora = [(p, self._rule.most(p)) for p in chosen.lora]
         extraction = self._extraction(chosen)
-        return Adapter(
-            (
-                self._part(
-                    planned(chosen, self._rule),
-                    config(Content(lora, chosen), self._layout, copies=False),
-                    extraction,
-                ),
-            )
-        )
+        settings = config(Content(lora, chosen), self._layout, copies=False)
+        return Adapter((self._part(planned(chosen, self._rule), settings, extraction),))
 
     def __call__(self) -> Adapter:
         begun = time.monotonic()
@@ -108,7 +106,7 @@ class Svd(Extract):
         extraction = replace(self._extraction(chosen), facts=figures, seconds=time.monotonic() - begun)
         return Adapter((self._part(file.deltas, file.config, extraction),))
 
-    def _part(self, deltas, settings, extraction: Extraction) -> Part:  # type: ignore[no-untyped-def]
+    def _part(self, deltas: tuple[Delta, ...], settings: Mapping[str, Any], extraction: Extraction) -> Part:
         own = tuple(
             File.at(path) for path in (self._folder / WEIGHTS, self._folder / CONFIG) if path.is_file()
         )
@@ -123,19 +121,18 @@ class Svd(Extract):
         )
 
     def _extraction(self, chosen: Chosen) -> Extraction:
-        return Extraction(self._base, self._tuned, chosen, most_bytes(chosen, self._rule, self.factors.value))
+        disk = most_bytes(chosen, self._rule, self.factors.value)
+        workers = num_workers() if self.dry_run else self._workers
+        memory = workers * max(map(bytes_needed, chosen.lora))
+        return Extraction(self._base, self._tuned, chosen, disk, memory)
 
     @cached_property
     def _base(self) -> Checkpoint[Weight]:
-        from pipeline.loading import load_checkpoint
-
         return dense(load_checkpoint("base_model", self.base_model, download=not self.dry_run))
 
     @cached_property
     def _tuned(self) -> Checkpoint[Weight]:
         """The fine-tune; of adapters, the merge of them into the base, to come."""
-        from pipeline.loading import load_checkpoint
-
         if self.finetune:
             return dense(load_checkpoint("finetune", self.finetune, download=not self.dry_run))
         adapter = Peft(adapter=self.adapter, dry_run=self.dry_run)()

@@ -49,7 +49,7 @@ class SaveAdapter(Save):
             weights=tuple(_weights(part)),
             shards={WEIGHTS: disk},
             num_parameters=sum(w.num_bytes for w in _weights(part)),
-            peak_memory=0,
+            peak_memory=part.extraction.memory,
             disk=disk,
             findings=tuple(unique(merged.findings, adapter.findings)),
             contents=contents(adapter),
