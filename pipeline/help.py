@@ -16,7 +16,7 @@ from pipeline.stage import CHOICES, SLOTS, STAGES
 _HEAD = """\
 python -m pipeline KEY=VALUE ...
 
-Merges a LoRA adapter into its base checkpoint, by streaming over the files, and proves the result.
+Turns a LoRA into a model and a model into a LoRA, by streaming over the files, and proves the result.
 
   python -m pipeline recipe=llama31                            a bundled recipe
   python -m pipeline recipe=./mine.yaml                        a file of mine

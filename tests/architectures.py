@@ -12,6 +12,7 @@ from torch import nn
 from tests.beside_peft import Beside, Case
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+FEED_FORWARD = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -32,6 +33,13 @@ VISION = {
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,
+}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+QWEN_TOKENS = {
+    "image_token_id": 90,
+    "video_token_id": 91,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
 }
 
 
@@ -73,7 +81,7 @@ def with_experts(*parameters: str) -> Callable[[], PeftConfig]:
 
 MOE = Beside.delta_rounded
 
-CASES: dict[str, Case] = {
+ASKED: dict[str, Case] = {
     "Llama": Case(tiny("LlamaConfig", "LlamaForCausalLM"), all_linear()),
     "Llama, tied": Case(tiny("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True), all_linear()),
     "Qwen2": Case(tiny("Qwen2Config", "Qwen2ForCausalLM"), all_linear()),
@@ -144,7 +152,7 @@ CASES: dict[str, Case] = {
             interleave_moe_layer_step=1,
         ),
         all_linear(
-            target_parameters=["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+            target_parameters=FEED_FORWARD,
             exclude_modules=["router"],  # PEFT cannot run LoRA on it
         ),
         MOE,
@@ -166,12 +174,9 @@ CASES: dict[str, Case] = {
         composed(
             "Qwen2_5_VLConfig",
             "Qwen2_5_VLForConditionalGeneration",
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+            {"rope_parameters": MROPE},
             {"depth": 2, "num_heads": 4, "out_hidden_size": 32, "fullatt_block_indexes": [1]},
-            image_token_id=90,
-            video_token_id=91,
-            vision_start_token_id=92,
-            vision_end_token_id=93,
+            **QWEN_TOKENS,
         ),
         all_linear(),
     ),
@@ -186,3 +191,164 @@ CASES: dict[str, Case] = {
         all_linear(),
     ),
 }
+MORE: dict[str, Case] = {
+    "GLM-4 MoE": Case(
+        tiny(
+            "Glm4MoeConfig",
+            "Glm4MoeForCausalLM",
+            moe_intermediate_size=24,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            head_dim=8,
+            num_experts_per_tok=2,
+        ),
+        with_experts(),
+        MOE,
+    ),
+    "ERNIE 4.5 MoE": Case(
+        tiny(
+            "Ernie4_5_MoeConfig",
+            "Ernie4_5_MoeForCausalLM",
+            moe_intermediate_size=24,
+            moe_num_experts=4,
+            moe_k=2,
+            moe_num_shared_experts=1,
+            moe_layer_start_index=1,
+        ),
+        with_experts(),
+        MOE,
+    ),
+    "Jamba": Case(
+        tiny(
+            "JambaConfig",
+            "JambaForCausalLM",
+            num_experts=4,
+            num_experts_per_tok=2,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+        ),
+        with_experts(*FEED_FORWARD),
+        MOE,
+    ),
+    "LFM2-MoE": Case(
+        tiny(
+            "Lfm2MoeConfig",
+            "Lfm2MoeForCausalLM",
+            num_dense_layers=1,
+            layer_types=["conv", "full_attention"],
+            **MIXTURE,
+        ),
+        with_experts(*FEED_FORWARD),
+        MOE,
+    ),
+    "Qwen3-Next": Case(
+        tiny(
+            "Qwen3NextConfig",
+            "Qwen3NextForCausalLM",
+            shared_expert_intermediate_size=24,
+            head_dim=8,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            **MIXTURE,
+        ),
+        with_experts(),
+        MOE,
+    ),
+    "MiniMax": Case(
+        tiny(
+            "MiniMaxConfig",
+            "MiniMaxForCausalLM",
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+        with_experts(),
+        MOE,
+    ),
+    "Qwen3-VL-MoE": Case(
+        composed(
+            "Qwen3VLMoeConfig",
+            "Qwen3VLMoeForConditionalGeneration",
+            {"head_dim": 8, "rope_parameters": MROPE, **MIXTURE},
+            {
+                "depth": 2,
+                "num_heads": 4,
+                "out_hidden_size": 32,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+            **QWEN_TOKENS,
+        ),
+        with_experts(),
+        MOE,
+    ),
+    "LLaVA": Case(
+        composed(
+            "LlavaConfig",
+            "LlavaForConditionalGeneration",
+            {"model_type": "llama"},
+            {"model_type": "clip_vision_model", "projection_dim": 32},
+            image_token_index=90,
+        ),
+        all_linear(),
+    ),
+    "PaliGemma": Case(
+        composed(
+            "PaliGemmaConfig",
+            "PaliGemmaForConditionalGeneration",
+            {"model_type": "gemma", "head_dim": 8},
+            {"model_type": "siglip_vision_model", "vision_use_head": False},
+            image_token_index=90,
+            projection_dim=32,
+        ),
+        all_linear(),
+    ),
+    "Falcon": Case(tiny("FalconConfig", "FalconForCausalLM"), all_linear()),
+    "OPT": Case(tiny("OPTConfig", "OPTForCausalLM", ffn_dim=40, word_embed_proj_dim=32), all_linear()),
+    "GPT-NeoX": Case(tiny("GPTNeoXConfig", "GPTNeoXForCausalLM"), all_linear()),
+    "T5": Case(
+        lambda: hf.T5ForConditionalGeneration(
+            hf.T5Config(d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, vocab_size=96)
+        ),
+        all_linear(task_type="SEQ_2_SEQ_LM"),
+    ),
+    "Whisper": Case(
+        lambda: hf.WhisperForConditionalGeneration(
+            hf.WhisperConfig(
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=40,
+                decoder_ffn_dim=40,
+                vocab_size=96,
+                num_mel_bins=8,
+                max_source_positions=16,
+                max_target_positions=16,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+            )
+        ),
+        all_linear(task_type=None),
+    ),
+    "ViT": Case(
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION, num_labels=3)),
+        all_linear(task_type=None, modules_to_save=["classifier"]),
+    ),
+}
+CASES: dict[str, Case] = {**ASKED, **MORE}

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -76,6 +77,7 @@ class Case:
 class Merges:
     """What came of a case: tensors by the names that files have."""
 
+    case: Case
     folder: Path
     dtype: str
     report: Report
@@ -83,7 +85,12 @@ class Merges:
     adapter: State
     ours: State
     theirs: State
-    exact: State
+
+    @cached_property
+    def exact(self) -> State:
+        """PEFT's merge in float64."""
+        with quiet():
+            return merged_by_peft(self.case, self.folder, torch.float64)
 
     @property
     def peft_folder(self) -> str:
@@ -149,9 +156,8 @@ def merges(case: Case, folder: Path, dtype: torch.dtype, tokens: int = 0) -> Mer
             expect={**case.told, **({"initial": str(folder / "first")} if case.told_first else {})},
         )
         theirs = merged_by_peft(case, folder, dtype)
-        exact = merged_by_peft(case, folder, torch.float64)
     base, adapter, ours = (tensors(folder / name) for name in ("base", "adapter", "out"))
-    return Merges(folder, NAMES[dtype], report, base, adapter, ours, theirs, exact)
+    return Merges(case, folder, NAMES[dtype], report, base, adapter, ours, theirs)
 
 
 def write(case: Case, folder: Path, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""DoRA: value = m / ||W + D|| * (W + D), the norm over what feeds an output (Liu et al., arXiv:2402.09353)."""
+"""DoRA: value = m / ||W + D|| * (W + D), a norm for each output (Liu et al. 2024, arXiv:2402.09353)."""
 
 from __future__ import annotations
 

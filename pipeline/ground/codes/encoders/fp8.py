@@ -122,6 +122,8 @@ class Fp8Encoder(Encoder):
             over = self._amax(rows) / self._limit
             if self.base.scale.dtype in E8M0:
                 over = torch.exp2(torch.ceil(torch.log2(over)))
+            else:
+                over = over.to(torch_dtype(self.base.scale.dtype)).float()
             edge = ulp(torch.tensor(self._limit), self.dtype).item() / 2  # beyond it nothing rounds back
             scale = torch.where(over > scale * (1 + edge / self._limit), over, scale)
         return torch.where(scale > 0, scale, 1.0)
