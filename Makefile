@@ -19,7 +19,7 @@ lint: .venv/ready-dev
 	$(BIN)/mypy
 
 pytest: .venv/ready-dev $(MODEL)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # What needs a GPU, on a machine that has one.
 gpu: .venv/ready-dev

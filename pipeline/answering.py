@@ -20,7 +20,8 @@ from pipeline.ground.peft_faults import fault
 from pipeline.ground.report import Gate, Status
 from pipeline.ground.units import show_bytes
 from pipeline.ground.written import Written
-from pipeline.weight import Adapter, Checkpoint, Merged, Output, Weight
+from pipeline.pieces import Merged
+from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
 @dataclass(frozen=True)

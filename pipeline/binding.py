@@ -13,7 +13,8 @@ from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.module_names import Names, Site
 from pipeline.ground.names import is_conv1d, is_conv1d_layer, nearest
-from pipeline.weight import Adapter, Checkpoint, FromAdapter, Part, Placed, Weight
+from pipeline.pieces import FromAdapter, Placed
+from pipeline.weight import Adapter, Checkpoint, Part, Weight
 
 # Models whose fused experts lie as (experts, in, out).
 _TURNED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "llama4", "llama4_text"})

@@ -11,7 +11,8 @@ from pipeline.ground import tiles
 from pipeline.ground.combining import Combination
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.selecting import Spot
-from pipeline.weight import Merged, Piece, Placed, Tile, Tiles
+from pipeline.pieces import Merged, Piece, Placed
+from pipeline.weight import Tile, Tiles
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,8 @@ from pipeline.ground.model_config import edited
 from pipeline.ground.reference import Folder
 from pipeline.ground.report import Gate, Status
 from pipeline.ground.sidefiles import SideFile, brings_tokenizer, chosen
-from pipeline.weight import Adapter, Checkpoint, FromAdapter, Merged, Output, Weight
+from pipeline.pieces import FromAdapter, Merged
+from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 _ELEMENTS = 1 << 15  # looked at in each weight
 _MOST = 512  # weights looked at

@@ -15,8 +15,9 @@ from pipeline.ground.manifest import published
 from pipeline.ground.report import Plan, unique
 from pipeline.ground.rounding import Rounding, stream_of
 from pipeline.ground.shards import SINGLE, Entry, Shard, Slot, lay_out
+from pipeline.pieces import Merged
 from pipeline.place import Form, FormOf, Place, by_chance, parts_of
-from pipeline.weight import Adapter, Checkpoint, Merged, Part, ShardLayout, Weight
+from pipeline.weight import Adapter, Checkpoint, Part, ShardLayout, Weight
 
 _LARGEST_SHARD = 50 * 10**9  # bytes, where neither base nor recipe says; what transformers 5 does
 

@@ -13,8 +13,9 @@ from pipeline.ground.combining import Combination
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Finding, unique
 from pipeline.heads import is_head, labels, with_heads
+from pipeline.pieces import Merged, Placed
 from pipeline.tying import EMBEDDINGS, HEADS, Tied, settle
-from pipeline.weight import Adapter, Checkpoint, Merged, Placed, Weight
+from pipeline.weight import Adapter, Checkpoint, Weight
 
 
 def merged(

@@ -11,7 +11,8 @@ from pipeline.ground.codes.encoders.encoder import Encoder, Part
 from pipeline.ground.report import Action, PlannedWeight
 from pipeline.ground.rounding import Rounding, takes_chance
 from pipeline.ground.shards import Entry, Slot
-from pipeline.weight import FromAdapter, Merged, Weight
+from pipeline.pieces import FromAdapter, Merged
+from pipeline.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)

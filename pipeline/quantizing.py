@@ -17,8 +17,9 @@ from pipeline.ground.model_config import QUANTIZATION_KEYS
 from pipeline.ground.names import is_conv1d, nearest
 from pipeline.ground.report import Finding
 from pipeline.ground.shards import Entry
+from pipeline.pieces import Merged
 from pipeline.place import Form, Held
-from pipeline.weight import Checkpoint, Decoded, Dense, Merged, Weight
+from pipeline.weight import Checkpoint, Decoded, Dense, Weight
 
 KEEP = "keep"
 CHOICES = (*SCHEMES, KEEP)

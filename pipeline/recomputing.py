@@ -15,7 +15,8 @@ from pipeline.ground.reference import Facts, Reference, compare, factor_name, sa
 from pipeline.ground.report import Action, Gate, PlannedWeight, Status
 from pipeline.ground.rounding import Rounding, round_to
 from pipeline.ground.written import Standard, Written, standard_of
-from pipeline.weight import Adapter, Merged, Output, Placed, Weight
+from pipeline.pieces import Merged, Placed
+from pipeline.weight import Adapter, Output, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,14 +51,19 @@ class _Held:
 
 @contextmanager
 def _held(output: Output, folder: Written, weight: Weight, plan: PlannedWeight) -> Iterator[_Held]:
-    told = output.manifest.get("weights", {}).get(weight.name, {})
-    by_chance = told.get("rounding") == Rounding.stochastic.value
+    chance = weight.name in by_chance(output)
     with ExitStack() as stack:
         codes = None
         if plan.encoder and plan.action is not Action.copied:
             code = folder.codes[weight.name]
-            codes = stack.enter_context(standard_of(plan.encoder, code, by_chance))
-        yield _Held(folder, weight, plan, by_chance, codes)
+            codes = stack.enter_context(standard_of(plan.encoder, code, chance))
+        yield _Held(folder, weight, plan, chance, codes)
+
+
+def by_chance(output: Output) -> set[str]:
+    """The weights of which the manifest says that they were rounded stochastically."""
+    told = output.manifest.get("weights", {}).items()
+    return {name for name, w in told if w.get("rounding") == Rounding.stochastic.value}
 
 
 def recompute(output: Output, adapter: Adapter) -> dict[str, Facts]:
@@ -136,7 +142,7 @@ def _is_converted(held: _Held, value: Tensor, start: int) -> bool:
     if held.codes:
         facts, nothing = Facts(), value.new_zeros(()).double()
         held.codes.compare(facts, rows, start, value, nothing, nothing)
-        return not facts.beyond
+        return not facts.beyond and not facts.is_noisy
     wanted = round_to(value, held.plan.dtype)
     return bool(((rows == wanted) | (rows.isnan() & wanted.isnan())).all())
 
@@ -157,9 +163,12 @@ def rounding(output: Output, facts: dict[str, Facts]) -> Gate:
     if not {"float32", "float64"} & set(output.plan.merge_dtype.split(", ")):
         return Gate("rounding", Status.passed, seen, f"reported only: merged in {output.plan.merge_dtype}")
     wanted = _AS_NEAR + ("; the nearest codes, or those that the slack makes as near" if coded else "")
-    if any(w.get("rounding") == "stochastic" for w in output.manifest.get("weights", {}).values()):
+    if by_chance(output):
         wanted += "; a whole unit where it was rounded by chance"
     if beyond:
         worst = max(facts, key=lambda name: (facts[name].beyond > 0, facts[name].worst_ulp))
         seen += f"; {beyond} too far off, the worst in {worst}"
-    return Gate("rounding", Status.failed if beyond else Status.passed, seen, wanted)
+    noisy = [name for name, f in facts.items() if f.is_noisy and name not in by_chance(output)]
+    if noisy:
+        seen += f"; codes of {noisy[0]} are farther off in sum than they should be ({len(noisy)} weights)"
+    return Gate("rounding", Status.failed if beyond or noisy else Status.passed, seen, wanted)

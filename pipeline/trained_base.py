@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from pipeline.ground.report import Finding
-from pipeline.weight import Adapter, Checkpoint, Decoded, Merged, Weight
+from pipeline.pieces import Merged
+from pipeline.weight import Adapter, Checkpoint, Decoded, Weight
 
 # What names of quantized checkpoints hold; of the first kind are those that training loads in four bits.
 _FOUR_BIT = re.compile(r"bnb|4-?bits?|nf4|fp4(?!\d)|qlora", re.IGNORECASE)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from tests.architectures import CASES
 from tests.beside_peft import CONFIG, WEIGHTS, Case, State
 from tests.lora_cases import ENDS, ONE, TIED, bare, llama, lora, mixtral, stacked
 from tests.models import tensors
@@ -204,6 +205,7 @@ ROUNDED = "what the init leaves of the base is rounded before the delta is added
 SHARED = "a delta meant for one side of tied embeddings goes into the tensor that both share"
 QWEN_EXPERTS = r".*\.mlp\.(experts\.\d+|shared_expert)\.(gate|up|down)_proj"
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
+QWEN_VL = r"(model\.layers|visual\.blocks)\.\d+\..*\.(q_proj|o_proj|up_proj|qkv)"
 MIXTRAL_EXPERTS = r".*\.block_sparse_moe\.(experts\.\d+\.w[123]|gate)"
 
 
@@ -266,6 +268,15 @@ DEFECTS: dict[str, Defect] = {
             ),
         ),
         by_file_names(MIXTRAL_EXPERTS),
+    ),
+    "qwen2_5_vl, names of before transformers 5": Defect(
+        "the adapter is dropped, with a warning that keys are missing",
+        Case(
+            CASES["Qwen2.5-VL"].make,
+            lora(target_modules=["q_proj"]),
+            rewrite=written_by_file_names(QWEN_VL, target_modules=["q_proj", "o_proj", "up_proj", "qkv"]),
+        ),
+        by_file_names(QWEN_VL),
     ),
     "pissa": Defect(f"{ROUNDED}; into float32 it is right", from_base("pissa"), residual, only_16_bits=True),
     "olora": Defect(f"{ROUNDED}; into float32 it is right", from_base("olora"), residual, only_16_bits=True),

@@ -30,7 +30,8 @@ from pipeline.ground.ranks import (
 )
 from pipeline.ground.rounding import ulp
 from pipeline.ground.spool import Kept, Spool
-from pipeline.weight import Merged, Weight
+from pipeline.pieces import Merged
+from pipeline.weight import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor

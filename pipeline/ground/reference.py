@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SAMPLES = 4  # row ranges looked at in each weight
 _SAMPLE_ELEMENTS = 1 << 16
 ULP_BINS = 12  # ten of 0.05 of a unit in the last place, up to one unit, and beyond
+MORE_NOISE = 1.1  # what a sum of squares may gain where a scale came out one unit otherwise
 SLACK = 2.0**-21  # of |W| + s |B| |A|, elementwise: what a float32 sum may be off by
 
 
@@ -54,6 +55,12 @@ class Facts:
     energy: float = 0.0  # <D, D>
     coded: bool = False  # held as codes: no units in the last place, but noise
     noise: float = 0.0  # <O - T, O - T>
+    least_noise: float = 0.0  # the same of the codes that should stand there
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether codes are farther off in sum than they should be; some turn with a last bit of their scale."""
+        return self.noise > MORE_NOISE * self.least_noise + (SLACK * SLACK) * self.energy
 
     def as_dict(self) -> dict[str, Any]:
         units = {"worst_ulp": self.worst_ulp, "worst_raw_ulp": self.worst_raw_ulp, "ulps": self.ulps}

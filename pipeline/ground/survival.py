@@ -1,4 +1,4 @@
-"""What survives of the deltas, in words: under codes, under rounding by chance, on a base through four bits."""
+"""What survives of the deltas, in words: under codes, by chance, on a base that went through four bits."""
 
 from __future__ import annotations
 

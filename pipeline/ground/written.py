@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.ground.codes.code import Code, Found, Quantization
 from pipeline.ground.codes.encoders.encoder import Encode, Encoder
+from pipeline.ground.codes.encoders.same import over_its_scales
 from pipeline.ground.codes.formats import detect
 from pipeline.ground.model_config import ConfigFile
 from pipeline.ground.reference import SLACK, Facts, Folder
@@ -51,10 +52,15 @@ def codes_in(folder: Path) -> list[Found]:
 
 @dataclass(frozen=True)
 class Standard:
-    """What the codes of a weight are held against: the nearest ones, or either neighbour if by chance."""
+    """What the codes of a weight are held against: the nearest ones, or either neighbour if by chance.
+
+    Element by element those over the scales that stand there; in sum, those that the format's own scales
+    give. So a last bit that turns a scale is no fault, and a scale that serves badly is one.
+    """
 
     encoder: Encoder
     encode: Encode
+    over: tuple[Encoder, Encode] | None  # the scales of the file, where they do not just follow the values
     slack: float
     by_chance: bool
 
@@ -64,12 +70,16 @@ class Standard:
         """Adds one sample to the facts; as `reference.compare`, the stored rows decoded."""
         W, O = base.double(), stored.double()  # noqa: E741
         target, terms = W + delta, W.abs() + size
-        encoded = self.encode(target.float(), start, None)
+        encoder, encode = self.over or (self.encoder, self.encode)
+        encoded = encode(target.float(), start, None)
         error = (O - target).abs()
-        allowed = (self.encoder.decoded(encoded, start).double() - target).abs()
+        allowed = (encoder.decoded(encoded, start).double() - target).abs()
         if self.by_chance:
-            allowed = allowed.maximum(self.encoder.step(target, encoded, start))
+            allowed = allowed.maximum(encoder.step(target, encoded, start))
         allowed += self.slack + _SCALES * SLACK * terms.amax(1, keepdim=True)
+        allowed += encoder.blur * target.abs().amax(1, keepdim=True)
+        own = self.encoder.decoded(self.encode(target.float(), start, None), start)
+        facts.least_noise += float(((own.double() - target) ** 2).sum())
         unmerged = self.encoder.decoded(self.encode(base.float(), start, None), start)
         facts.coded = True
         facts.elements += stored.numel()
@@ -84,5 +94,8 @@ class Standard:
 @contextmanager
 def standard_of(encoder: Encoder, code: Code, by_chance: bool) -> Iterator[Standard]:
     """The standard for a weight that is held as `code`."""
-    with encoder.open("cpu") as encode:
-        yield Standard(encoder, encode, encoder.slack(code), by_chance)
+    with ExitStack() as stack:
+        encode = stack.enter_context(encoder.open("cpu"))
+        over = over_its_scales(encoder.name, code)
+        kept = (over, stack.enter_context(over.open("cpu"))) if over else None
+        yield Standard(encoder, encode, kept, encoder.slack(code), by_chance)

@@ -209,7 +209,10 @@ def test_recipes_that_build_on_themselves_are_refused(here: Path, text: str) -> 
 
 def test_a_recipe_chooses_stages_by_name(here: Path) -> None:
     sentence = recipe_refusal(here, "defaults: [override /merge: ties2]")
-    assert sentence == "merge: no stage 'ties2'; choose dare_linear, dare_ties, exact, linear, magnitude_prune, ties"
+    assert (
+        sentence
+        == "merge: no stage 'ties2'; choose dare_linear, dare_ties, exact, linear, magnitude_prune, ties"
+    )
 
 
 # Keys and values

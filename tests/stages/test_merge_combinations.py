@@ -26,8 +26,9 @@ from pipeline.ground.report import Report, Status
 from pipeline.ground.selecting import draws, key
 from pipeline.layout import factor_bytes, plan_shards, tile_bytes
 from pipeline.merging import with_deltas
+from pipeline.pieces import Merged
 from pipeline.stage import Pipeline
-from pipeline.weight import Adapter, Checkpoint, Merged, Weight
+from pipeline.weight import Adapter, Checkpoint, Weight
 from tests.command import answer, refusal
 from tests.making import (
     adapter_tensors,

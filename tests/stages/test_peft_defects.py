@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from pipeline.ground.report import Status
 from tests.beside_peft import Merges, merges, quiet, quietly_merged, write
@@ -26,6 +27,7 @@ SIDES = ("model.embed_tokens.weight", "lm_head.weight")
 NO_REFERENCE = {
     "mixtral, experts by file names, rslora": "scales single experts by sqrt(2)",
     "qwen2_moe, experts by file names": "PEFT itself does not take",
+    "qwen2_5_vl, names of before transformers 5": "PEFT itself does not take",
     "pissa_niter": "draws the init of this adapter again",
 }
 
@@ -34,7 +36,7 @@ NO_REFERENCE = {
 @pytest.mark.parametrize("name", DEFECTS)
 def test_the_merge_is_float64s_where_pefts_is_not(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     defect = DEFECTS[name]
-    has_logits = dtype == torch.float32 and "config.json" and is_model(tmp_path, name)
+    has_logits = dtype == torch.float32 and isinstance(defect.case.make(), PreTrainedModel)
     found = merges(defect.case, tmp_path, dtype, 32 if has_logits else 0)
     right = defect.right(tmp_path)
     assert found.off(found.ours, right) == []
@@ -44,10 +46,6 @@ def test_the_merge_is_float64s_where_pefts_is_not(name: str, dtype: torch.dtype,
     is_right = defect.only_16_bits and dtype == torch.float32
     assert (found.off(in_both(found), right) == []) == is_right
     assert status_of_logits(found) == expected_status(name, has_logits)
-
-
-def is_model(folder: Path, name: str) -> bool:
-    return not name.startswith(("out_proj", "square"))
 
 
 def in_both(found: Merges) -> dict[str, torch.Tensor]:
@@ -102,12 +100,21 @@ def test_fused_experts_are_scaled_too_much_by_peft_with_rslora(tmp_path: Path) -
         assert theirs == pytest.approx(too_much, rel=FLOAT32_SUM), weight
 
 
-def test_routed_experts_of_qwen2_moe_are_dropped_by_peft(tmp_path: Path) -> None:
-    name = "qwen2_moe, experts by file names"
+@pytest.mark.parametrize(
+    ("name", "modules", "count"),
+    [
+        ("qwen2_moe, experts by file names", r".*\.mlp\.experts\.\d+\..*_proj", 12),
+        ("qwen2_5_vl, names of before transformers 5", r".*\.(q_proj|o_proj|up_proj|qkv)", 10),
+    ],
+)
+def test_adapters_that_peft_drops_leave_its_model_as_it_was(
+    name: str, modules: str, count: int, tmp_path: Path
+) -> None:
     found = merges(DEFECTS[name].case, tmp_path, torch.float32)
-    right = by_file_names(r".*\.mlp\.experts\.\d+\..*_proj")(tmp_path)
-    assert len(right) == 12
+    right = by_file_names(modules)(tmp_path)
+    assert len(right) == count
     assert all(torch.equal(found.theirs[n], found.base[n]) for n in right)
+    assert not any(torch.equal(found.ours[n], found.base[n]) for n in right)
 
 
 def test_old_square_experts_are_merged_by_peft_as_new_ones(tmp_path: Path) -> None:

@@ -36,11 +36,12 @@ from pipeline.ground.report import Finding
 from pipeline.ground.spool import Spool
 from pipeline.loading import load_checkpoint
 from pipeline.merging import merged
+from pipeline.pieces import FromAdapter, Merged
 from pipeline.stage import Extract, stage
 from pipeline.stages.extract.peft import Peft
 from pipeline.stream import num_workers
 from pipeline.tying import Tied
-from pipeline.weight import Adapter, Checkpoint, FromAdapter, Merged, Part, Weight
+from pipeline.weight import Adapter, Checkpoint, Part, Weight
 
 
 @stage("svd")

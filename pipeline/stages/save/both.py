@@ -10,9 +10,10 @@ from pipeline.combined import Combined
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Plan
+from pipeline.pieces import Merged
 from pipeline.stage import stage
 from pipeline.stages.save.merged import SaveMerged
-from pipeline.weight import Adapter, Checkpoint, Merged, Weight
+from pipeline.weight import Adapter, Checkpoint, Weight
 
 
 @stage("both")

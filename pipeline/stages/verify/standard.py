@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.answering import Asked, answers, base_model, read_text
+from pipeline.extraction.proving import Proof, extracted, proof
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.errors import Refused
 from pipeline.ground.gates import Limits
@@ -14,7 +15,6 @@ from pipeline.ground.reference import Facts
 from pipeline.ground.report import Gate, Report, Status
 from pipeline.recomputing import converted, recompute, rounding
 from pipeline.stage import Verify, stage
-from pipeline.stages.verify.extraction import Proof, extracted, proof
 from pipeline.stages.verify.structure import effect, files, hashes, report
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.diagnosing import belong, diagnose, surroundings
+from pipeline.extraction.proving import extracted, proof
 from pipeline.ground.compare import identical, structure, unchanged
 from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.ground.survival import survival
 from pipeline.quantizing import sources_of
 from pipeline.stage import Verify, stage
-from pipeline.stages.verify.extraction import extracted, proof
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 

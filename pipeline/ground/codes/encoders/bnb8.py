@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.ground.codes.bnb8 import decode
 from pipeline.ground.codes.encoders.encoder import Encode, Encoded, Encoder, Part
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Bnb8Encoder(Encoder):
     """Rows of int8 codes and the largest magnitude of each; `with_format` as transformers writes it."""
+
+    blur: ClassVar[float] = 2.0**-10  # a unit of float16 for the value, and one for the row's scale
 
     with_format: bool = True
 

@@ -60,6 +60,8 @@ class Encoder(ABC):
     """Whether it can round stochastically."""
     gathers: ClassVar[bool] = True
     """Whether `finish` needs the sides."""
+    blur: ClassVar[float] = 0.0
+    """By which share of a row's largest value rows are rounded before they are encoded."""
 
     @property
     @abstractmethod

@@ -37,7 +37,7 @@ class Way(Enum):
 
 @dataclass(frozen=True)
 class Fp8Encoder(Encoder):
-    """Codes of `dtype` with scales on a grid; `base` are the codes whose scales are kept."""
+    """Codes of `dtype` with scales on a grid; `base` are the codes whose scales are kept, and may grow."""
 
     by_chance: ClassVar[bool] = True
 
@@ -46,6 +46,7 @@ class Fp8Encoder(Encoder):
     scale: Part
     dtype: str = "F8_E4M3"
     base: Fp8 | None = None
+    grows: bool = True
 
     @property
     def describe(self) -> str:
@@ -118,7 +119,7 @@ class Fp8Encoder(Encoder):
         grid, line = self.grid, self.grid.across * num_bytes(self.base.scale)
         first, end = grid.line(start), grid.line(start + len(rows) - 1) + 1
         scale = floats(read(first * line, end * line), self.base.scale.dtype).view(end - first, grid.across)
-        if not self._shared:
+        if self.grows and not self._shared:
             over = self._amax(rows) / self._limit
             if self.base.scale.dtype in E8M0:
                 over = torch.exp2(torch.ceil(torch.log2(over)))

@@ -31,6 +31,7 @@ class MxEncoder(Encoder):
     """Codes packed along the columns; for gpt-oss along the rows of every expert, which stay together."""
 
     base: Fp4 | GptOss
+    grows: bool = True
 
     @property
     def describe(self) -> str:
@@ -59,7 +60,7 @@ class MxEncoder(Encoder):
                 begin = start * self.shape[-1] // GROUP
                 count = values.numel() // GROUP
                 kept = floats(read(begin, begin + count), scale.dtype).view(-1, values.shape[1] // GROUP)
-                return _encode(values, kept, scale.dtype)
+                return _encode(values, kept, scale.dtype, self.grows)
 
             yield encode
 
@@ -88,14 +89,14 @@ class MxEncoder(Encoder):
         return {part.name: scales.view(torch_dtype(part.dtype)).view(part.shape)}
 
 
-def _encode(values: Tensor, kept: Tensor, dtype: str) -> Encoded:
+def _encode(values: Tensor, kept: Tensor, dtype: str, grows: bool) -> Encoded:
     """Bytes `(rows, columns / 2)` and scales `(rows, columns / 32)` in their dtype."""
     import torch
 
     groups = values.unflatten(1, (-1, GROUP))
     largest = groups.abs().amax(2)
     needed = torch.exp2(torch.ceil(torch.log2(largest / _BEYOND)))
-    scale = torch.where(largest > kept * _BEYOND, needed, kept)
+    scale = torch.where(largest > kept * _BEYOND, needed, kept) if grows else kept
     codes = nearest((groups / scale[:, :, None]).flatten(1))
     stored = (scale.view(torch.int32) >> 23).to(torch.uint8)  # of 2^-127, subnormal, too: 0
     return Encoded(codes[:, ::2] | codes[:, 1::2] << 4, (stored.view(torch_dtype(dtype)),))

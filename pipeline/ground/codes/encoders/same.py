@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.ground.codes.bnb4 import Bnb4
 from pipeline.ground.codes.bnb4_state import State
 from pipeline.ground.codes.bnb8 import Bnb8
@@ -16,6 +18,18 @@ from pipeline.ground.codes.encoders.mx import MxEncoder
 from pipeline.ground.codes.fp4 import Fp4
 from pipeline.ground.codes.fp8 import Fp8
 from pipeline.ground.codes.mx import GptOss
+
+
+def over_its_scales(name: str, code: Code) -> Encoder | None:
+    """What makes the nearest codes over the very scales that stand there; None where scales follow values.
+
+    A scale that is rounded itself, or that grows at a threshold, may come out otherwise for a last bit of
+    what it is made of; then all codes over it do.
+    """
+    encoder = same_format(name, code)
+    if isinstance(encoder, Fp8Encoder | MxEncoder):
+        return replace(encoder, grows=False)
+    return encoder if isinstance(encoder, KeptIntegers) else None
 
 
 def same_format(name: str, code: Code) -> Encoder | None:
