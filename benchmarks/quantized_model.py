@@ -104,7 +104,7 @@ def row(name: str, make: Callable[[Path, Path], Base], dense: Path, folder: Path
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # on a busy machine two wait for each other
     chosen: dict[str, Callable[[Path, Path], Base]] = {
         "none, bf16": lambda folder, dense: write_base(folder, tensors(dense), config_of(dense), plain),
         **{f"bnb {name}": partial(by_bitsandbytes, settings) for name, settings in BNB.items()},

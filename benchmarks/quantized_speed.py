@@ -155,7 +155,7 @@ def measure(folder: Path) -> dict[str, Any]:
     from pipeline.ground.report import Report
     from pipeline.ground.rounding import round_to
     from pipeline.pieces import Merged
-from pipeline.weight import Decoded, Dense, Tile, Tiles, Weight
+    from pipeline.weight import Decoded, Dense, Tile, Tiles, Weight
     from tests.running import merge, pipeline
 
     keep_freed_memory()

@@ -67,7 +67,10 @@ def _run(arguments: list[str]) -> int:
 
     @hydra.main(version_base="1.3", config_path=str(bundled("conf")), config_name="config")
     def task(cfg: Any) -> None:
-        asked.append((Path(cfg.output or "multirun").expanduser(), compose.settings(cfg)))
+        if not is_sweep(arguments):
+            outcomes.append(_fulfilled(cfg))
+            return
+        asked.append((Path(os.path.expanduser(cfg.output or "multirun")), compose.settings(cfg)))  # noqa: PTH111
         outcomes.append(_fulfilled(cfg))
         thin([outcome.run for outcome in outcomes], cfg.sweep.keep)
 
@@ -134,7 +137,8 @@ def _fulfilled(cfg: Any) -> Outcome:
         if cfg.debug:
             traceback.print_exc()
         error, report = caught, caught.report if isinstance(caught, Rejected) else None
-    return Outcome(_failed(error) if error else 0, _told(name, report, error, cfg.output))
+    status = _failed(error) if error else 0
+    return Outcome(status, _told(name, report, error, cfg.output if name else ""))
 
 
 def _told(name: str, report: Report | None, error: Exception | None, output: str) -> Run:

@@ -9,7 +9,7 @@ import transformers as hf
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from tests.beside_peft import Beside, Case
+from tests.beside_peft import Beside, Case, written_by_file_names
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 FEED_FORWARD = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
@@ -351,4 +351,23 @@ MORE: dict[str, Case] = {
         all_linear(task_type=None, modules_to_save=["classifier"]),
     ),
 }
-CASES: dict[str, Case] = {**ASKED, **MORE}
+BY_FILE_NAMES: dict[str, Case] = {
+    "Mixtral, experts by file names": Case(
+        ASKED["Mixtral"].make,
+        all_linear(target_modules=["q_proj"]),
+        MOE,
+        rewrite=written_by_file_names(
+            r".*\.block_sparse_moe\.(experts\.\d+\.w[123]|gate)", target_modules=["w1", "w2", "w3", "gate"]
+        ),
+    ),
+    "OLMoE, experts by file names": Case(
+        ASKED["OLMoE"].make,
+        all_linear(target_modules=["q_proj"]),
+        MOE,
+        rewrite=written_by_file_names(
+            r".*\.mlp\.(experts\.\d+\.(gate|up|down)_proj|gate)",
+            target_modules=["gate_proj", "up_proj", "down_proj", "gate"],
+        ),
+    ),
+}
+CASES: dict[str, Case] = {**ASKED, **MORE, **BY_FILE_NAMES}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -51,6 +52,9 @@ class Beside(Enum):
     """PEFT casts the delta to the base's dtype before it adds it, so it rounds twice"""
     order = (OTHER_ORDER_ULPS, TIPPED_ULPS)
     """a float32 sum of another order: column norms, which we take by blocks in float64; convolutions"""
+
+    loose = (float("inf"), ROUNDED_DELTA_ULPS)
+    """long float32 computations (Fourier transforms, reflections); tests/ground/deltas bounds each kind's"""
 
     def bound(self, dtype: torch.dtype) -> float:
         return self.value[0 if dtype == torch.float32 else 1]
@@ -114,13 +118,29 @@ class Merges:
     @property
     def apart(self) -> float:
         """The largest difference between PEFT and us, in units of the last place of what is summed."""
-        return max((self._apart(name) for name in self.different), default=0.0)
+        return max(
+            (self._apart(n, self.ours[n], self.theirs[n], self.exact[n]) for n in self.different), default=0.0
+        )
 
-    def _apart(self, name: str) -> float:
-        exact = self.exact[name]
+    @property
+    def num_different(self) -> int:
+        """Elements in which PEFT and we differ."""
+        return sum(num_different(self.ours[name], self.theirs[name]) for name in self.different)
+
+    def away(self, state: State, exact: State) -> float:
+        """The largest distance from float64 weights, in the same units."""
+        return max(self._apart(name, state[name], value, value) for name, value in exact.items())
+
+    def missed(self, state: State, exact: State) -> float:
+        """The distance from float64 weights as a share of what the adapter should change, by their norms."""
+        off = sum(float((state[name].double() - value).square().sum()) for name, value in exact.items())
+        meant = sum(float((value - self._before(n, value)).square().sum()) for n, value in exact.items())
+        return float((off / meant) ** 0.5)
+
+    def _apart(self, name: str, one: torch.Tensor, other: torch.Tensor, exact: torch.Tensor) -> float:
         W = self._before(name, exact)
         size = torch.stack([W.abs(), exact.abs(), (exact - W).abs()]).amax(0)
-        return ulps_apart(self.ours[name], self.theirs[name], size, self.dtype)
+        return ulps_apart(one, other, size, self.dtype)
 
     def off(self, state: State, exact: State | None = None) -> list[str]:
         """Weights that are not the float64 merge rounded once, after a float32 sum."""
@@ -139,7 +159,8 @@ class Merges:
     def _before(self, name: str, exact: torch.Tensor) -> torch.Tensor:
         """What a delta is added to: the base's weight, or the one that the adapter holds; else the result."""
         held = self.adapter.get(f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight")
-        before = self.base.get(name) if held is None else held
+        shared = self.base.get("model.embed_tokens.weight") if name == "lm_head.weight" else None
+        before = self.base.get(name, shared) if held is None else held
         return exact if before is None or before.shape != exact.shape else before.double()
 
 
@@ -221,6 +242,30 @@ def merged_by_peft(case: Case, folder: Path, dtype: torch.dtype) -> State:
     target = folder / f"peft-{NAMES[dtype]}"
     merged.save_pretrained(target)
     return tensors(target)
+
+
+def modules_of(base: Path, pattern: str) -> Iterator[str]:
+    """Modules with a matrix, by the names of the base's files."""
+    for name, weight in tensors(base).items():
+        if weight.dim() == 2 and re.fullmatch(pattern, module := name.removesuffix(".weight")):
+            yield module
+
+
+def written_by_file_names(pattern: str, **config: Any) -> Callable[[Path], None]:
+    """Writes an adapter as PEFT before transformers 5 did: its modules are those of the files."""
+
+    def write(folder: Path) -> None:
+        torch.manual_seed(3)
+        base, lora_tensors = tensors(folder / "base"), {}
+        for module in modules_of(folder / "base", pattern):
+            out_features, in_features = base[f"{module}.weight"].shape
+            for x, shape in (("A", (4, in_features)), ("B", (out_features, 4))):
+                lora_tensors[f"base_model.model.{module}.lora_{x}.weight"] = torch.randn(shape) * 0.05
+        save_file(lora_tensors, folder / "adapter" / WEIGHTS, {"format": "pt"})
+        told = LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", inference_mode=True, **config)
+        told.save_pretrained(folder / "adapter")
+
+    return write
 
 
 @contextlib.contextmanager

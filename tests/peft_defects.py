@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from tests.architectures import CASES
-from tests.beside_peft import CONFIG, WEIGHTS, Case, State
+from tests.beside_peft import CONFIG, WEIGHTS, Case, State, modules_of, written_by_file_names
 from tests.lora_cases import ENDS, ONE, TIED, bare, llama, lora, mixtral, stacked
 from tests.models import tensors
 
@@ -116,30 +114,6 @@ def by_file_names(pattern: str) -> Callable[[Path], State]:
         }
 
     return right
-
-
-def modules_of(base: Path, pattern: str) -> Iterator[str]:
-    """Modules with a matrix, by the names of the base's files."""
-    for name, weight in tensors(base).items():
-        if weight.dim() == 2 and re.fullmatch(pattern, module := name.removesuffix(".weight")):
-            yield module
-
-
-def written_by_file_names(pattern: str, **config: Any) -> Callable[[Path], None]:
-    """Writes an adapter as PEFT before transformers 5 did: its modules are those of the files."""
-
-    def write(folder: Path) -> None:
-        torch.manual_seed(3)
-        base, lora_tensors = tensors(folder / "base"), {}
-        for module in modules_of(folder / "base", pattern):
-            out_features, in_features = base[f"{module}.weight"].shape
-            for x, shape in (("A", (4, in_features)), ("B", (out_features, 4))):
-                lora_tensors[f"base_model.model.{module}.lora_{x}.weight"] = torch.randn(shape) * 0.05
-        save_file(lora_tensors, folder / "adapter" / WEIGHTS, {"format": "pt"})
-        told = LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", inference_mode=True, **config)
-        told.save_pretrained(folder / "adapter")
-
-    return write
 
 
 def told(**fields: Any) -> Callable[[Path], None]:

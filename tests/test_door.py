@@ -128,7 +128,7 @@ def test_what_computes_nothing_imports_nothing_heavy(
         ("++bas=3", ["bas", "no such key"]),
         ("+merge.bas=3", ["merge.bas", "no such key"]),
         ("merge=ties2", ["merge: no stage 'ties2'; choose dare_linear, dare_ties, exact, linear, "]),
-        ("save=nothing", ["save: no stage 'nothing'; choose auto, both, existing, merged, none"]),
+        ("save=nothing", ["save: no stage 'nothing'; choose adapter, auto, both, existing, merged, none"]),
         ("load=pickle", ["load: no stage 'pickle'; choose auto, gguf, safetensors"]),
         ("verify=logits", ["verify: no stage 'logits'; choose none, standard, structure"]),
         ("merge=null", ["merge: ", "exact"]),
@@ -475,6 +475,7 @@ def test_home_is_meant_by_a_tilde(here: Path) -> None:
     assert {p.partition("/")[0] for p in listing(here).keys() - before.keys()} == {
         "elsewhere",
         "out",
+        "r.html",
         "r.json",
     }
 

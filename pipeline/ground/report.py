@@ -27,6 +27,7 @@ class Action(Enum):
     decoded = "quantized codes written as floats"
     cast = "another float dtype"
     encoded = "quantized anew"
+    simulated = "through four bits and back"
     extracted = "low-rank factors of a difference"
 
 
@@ -91,6 +92,14 @@ class Plan:
     rounding: str = "nearest"
 
     @property
+    def stored(self) -> str:
+        """What the sums become: stored as bfloat16, linear layers as nf4."""
+        how = {"nearest": "", "stochastic": ", rounded by chance", "auto": ", by chance where that keeps more"}
+        codes = {"": "", "keep": ", codes as the base's"}
+        quantized = codes.get(self.quantized, f", linear layers as {self.quantized}")
+        return f"stored as {self.dtype}{quantized}{how.get(self.rounding, '')}"
+
+    @property
     def num_bytes(self) -> int:
         return sum(w.num_bytes for w in self.weights)
 
@@ -144,6 +153,8 @@ class Report:
             "adapter": plan.adapter,
             "dtype": plan.dtype,
             "merge_dtype": plan.merge_dtype,
+            "quantized": plan.quantized,
+            "rounding": plan.rounding,
             "gates": [{**asdict(gate), "status": gate.status.value} for gate in self.gates],
             "findings": [f.text for f in unique(plan.findings, self.findings)],
             "causes": list(self.causes),

@@ -49,7 +49,7 @@ def show_plan(plan: Plan, every_weight: bool = False) -> None:
         ("base", plan.base),
         ("adapter", f"{plan.adapter}: " + ", ".join(f"{n} x {kind}" for kind, n in deltas.most_common(6))),
         ("weights", ", ".join(f"{n} {action.name} ({action.value})" for action, n in counts.items())),
-        ("arithmetic", f"in {plan.merge_dtype}, stored as {plan.dtype}"),
+        ("arithmetic", f"in {plan.merge_dtype}, {plan.stored}"),
     ]
     if plan.output and plan.disk:
         files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.codes.code import Code, Found, Quantization
 from pipeline.ground.codes.encoders.encoder import Encode, Encoder
@@ -46,8 +46,14 @@ def codes_in(folder: Path) -> list[Found]:
     shards = read_checkpoint(folder)
     tensors = {entry.name: entry for shard in shards for entry in shard.entries}
     metadata = {key: text for shard in shards for key, text in shard.metadata.items()}
-    said = ConfigFile(folder / "config.json").quantization_config
+    said = said_of_codes(folder)
     return detect(tensors, Quantization(said, metadata=metadata))[0]
+
+
+def said_of_codes(folder: Path) -> Mapping[str, Any]:
+    """quantization_config of a folder; {} where there is none, or no config."""
+    path = folder / "config.json"
+    return ConfigFile(path).quantization_config if path.is_file() else {}
 
 
 @dataclass(frozen=True)

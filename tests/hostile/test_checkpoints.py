@@ -151,12 +151,14 @@ def test_a_config_that_cannot_be_read_is_named(here: Path, text: str, part: str)
     ],
     ids=["root", "nested"],
 )
-def test_a_quantized_base_is_refused_with_its_method(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_config_that_promises_codes_of_plain_weights_is_not_believed(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     write_base(tmp_path / "base", config=config)
     write_adapter(tmp_path / "adapter")
-    sentence = base_refusal(tmp_path)
-    assert sentence.startswith("base_model: base is quantized (gptq), which this version cannot decode")
-    assert "give the model in 16 bits" in sentence
+    said = answer(*UNPROVED, cwd=tmp_path)
+    assert said.status == 0, said
+    assert "quant" not in (tmp_path / "out" / "config.json").read_text()
 
 
 def test_a_config_that_has_code_fetched_is_refused(tmp_path: Path) -> None:

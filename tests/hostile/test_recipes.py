@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.ground.paths import bundled
 from tests.command import ARGUMENTS, answer, listing, refusal, refused, run
 
+BUNDLED = ", ".join(sorted(path.stem for path in bundled("recipes").glob("*.yaml")))
 PLAN = (*ARGUMENTS, "verify=none", "dry_run=true")
 
 
@@ -187,7 +189,7 @@ def test_defaults_within_a_slot_are_an_unknown_key(here: Path) -> None:
 def test_a_recipe_builds_on_recipes_only(here: Path, name: str) -> None:
     sentence = recipe_refusal(here, f"defaults: [{name}]")
     assert f"recipe: no recipe '{name}'" in sentence
-    assert "inspect, llama31, merge, quickstart, verify" in sentence
+    assert f"there are {BUNDLED}" in sentence
 
 
 def test_an_override_of_something_that_is_no_slot_is_refused(here: Path) -> None:
@@ -347,10 +349,7 @@ def test_an_asterisk_in_a_value_is_no_alias(here: Path, pattern: str) -> None:
 
 def test_a_recipe_that_is_not_there_lists_the_near_name_and_all_names(here: Path) -> None:
     sentence = refusal(here, "recipe=lama31", *PLAN)
-    assert sentence == (
-        "recipe: no recipe 'lama31'; did you mean llama31; "
-        "there are inspect, llama31, merge, quickstart, verify"
-    )
+    assert sentence == (f"recipe: no recipe 'lama31'; did you mean llama31; there are {BUNDLED}")
 
 
 @pytest.mark.parametrize("name", ["./nowhere.yaml", "nowhere/mine.yaml", "../nowhere.yaml"])
@@ -388,7 +387,6 @@ def test_a_path_upwards_is_screened_and_means_the_file_from_here(here: Path, up:
 
 
 def test_our_own_conf_is_screened_like_any_file_when_it_is_given_as_a_recipe(here: Path) -> None:
-    from pipeline.ground.paths import bundled
 
     sentence = refusal(here, f"recipe={bundled('conf') / 'config.yaml'}", *PLAN)
     assert "config.yaml: defaults entry" in sentence

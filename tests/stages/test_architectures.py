@@ -18,11 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.ground.report import Status
-from tests.architectures import ASKED, CASES, MORE, all_linear
-from tests.beside_peft import WEIGHTS, Beside, Case, Merges, merges, quiet, quietly_merged, write
-from tests.lora_cases import mixtral
+from tests.architectures import CASES, all_linear
+from tests.beside_peft import WEIGHTS, Case, Merges, merges, quiet, quietly_merged, write
 from tests.models import tensors
-from tests.peft_defects import written_by_file_names
 
 # What cannot be run on tokens alone.
 NO_TEXT = {"T5", "Whisper", "ViT"}
@@ -98,17 +96,6 @@ def test_adapters_with_the_names_of_before_transformers_5_are_merged_alike(name:
     assert all(torch.equal(new[n], old[n]) for n in new)
 
 
-def test_adapters_with_a_lora_for_each_expert_are_merged_as_peft_converts_them(tmp_path: Path) -> None:
-    rewrite = written_by_file_names(
-        r".*\.block_sparse_moe\.(experts\.\d+\.w[123]|gate)", target_modules=["w1", "w2", "w3", "gate"]
-    )
-    case = Case(mixtral, all_linear(target_modules=["q_proj"]), Beside.delta_rounded, rewrite=rewrite)
-    found = merges(case, tmp_path, torch.float32, 32)
-    assert found.different == []
-    assert len(found.changed) == 2 * (4 * 3 + 1)
-    assert "logits" in passed(found)
-
-
 @pytest.mark.parametrize("name", ["Gemma 3", "Qwen2.5-VL"])
 def test_a_larger_vocabulary_is_written_where_the_text_model_has_it(name: str, tmp_path: Path) -> None:
     found = merges(replace(CASES[name], config=SAVED, vocabulary=110), tmp_path, torch.float32, 32)
@@ -146,8 +133,3 @@ def test_an_lm_head_that_is_untied_is_called_as_untied_files_of_that_layout_call
     assert torch.equal(one.ours[head], one.theirs["lm_head.weight"])
     assert all(torch.equal(one.ours[n], one.theirs[n]) for n in one.base)
     assert "logits" in passed(one)
-
-
-def test_the_list_holds_every_architecture_that_was_asked_for() -> None:
-    assert len(ASKED) == 19
-    assert not ASKED.keys() & MORE.keys()

@@ -12,7 +12,7 @@ from pipeline.ground.model_config import ConfigFile
 from pipeline.ground.report import Plan
 from pipeline.ground.shards import read_checkpoint
 from pipeline.ground.tables import read_table
-from pipeline.ground.written import codes_in
+from pipeline.ground.written import codes_in, said_of_codes
 from pipeline.layout import describe, plan_shards
 from pipeline.quantizing import Forms, found_as
 from pipeline.stage import Save, stage
@@ -63,6 +63,5 @@ class Existing(Save):
     def _found(self, merged: Checkpoint[Weight]) -> Forms:
         """What every weight is held as there; Refused for codes that cannot be judged."""
         shards = read_checkpoint(self.output)
-        said = ConfigFile(self.output / "config.json").quantization_config
         entries = {entry.name: entry for shard in shards for entry in shard.entries}
-        return found_as(merged, entries, codes_in(self.output), said)
+        return found_as(merged, entries, codes_in(self.output), said_of_codes(self.output))
