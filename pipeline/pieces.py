@@ -1,4 +1,4 @@
-"""Weights that an adapter changes: deltas cut into pieces, bound to their places, and summed onto the base."""
+"""Weights that an adapter changes: deltas cut into pieces, bound to places, summed onto the base."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Facts:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether codes are farther off in sum than they should be; some turn with a last bit of their scale."""
+        """Whether codes are farther off in sum than they should be; some turn with a bit of their scale."""
         return self.noise > MORE_NOISE * self.least_noise + (SLACK * SLACK) * self.energy
 
     def as_dict(self) -> dict[str, Any]:

@@ -94,7 +94,11 @@ class Plan:
     @property
     def stored(self) -> str:
         """What the sums become: stored as bfloat16, linear layers as nf4."""
-        how = {"nearest": "", "stochastic": ", rounded by chance", "auto": ", by chance where that keeps more"}
+        how = {
+            "nearest": "",
+            "stochastic": ", rounded by chance",
+            "auto": ", by chance where that keeps more",
+        }
         codes = {"": "", "keep": ", codes as the base's"}
         quantized = codes.get(self.quantized, f", linear layers as {self.quantized}")
         return f"stored as {self.dtype}{quantized}{how.get(self.rounding, '')}"
