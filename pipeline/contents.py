@@ -94,6 +94,23 @@ def promises(base: Checkpoint[Weight], adapter: Adapter, renames: Mapping[str, s
     yield from findings
 
 
+def audited(merged: Checkpoint[Weight], adapter: Adapter) -> str:
+    """Trained parameters by kind: what the files hold of what config and base call for."""
+    shapes = {weight.name: weight.shape for weight in merged.weights}
+    totals: dict[str, tuple[int, int]] = {}
+    for part in adapter.parts:
+        if wrong_fields(part.config):
+            continue
+        for kind, (promised, held) in _audited(part, shapes, _num_layers(merged), {}).kinds.items():
+            before = totals.get(kind, (0, 0))
+            totals[kind] = (before[0] + promised, before[1] + held)
+    told = [(kind, held, promised) for kind, (promised, held) in totals.items()]
+    return ", ".join(
+        f"{kind} {held:,}" + (f" of {promised:,}" if 0 < promised != held else "")
+        for kind, held, promised in told
+    )
+
+
 def _is_beside(delta: Delta) -> bool:
     """Whether it is what PEFT saves beside the trained: copies of the base's weights, biases."""
     return isinstance(delta, Saved) and (NESTED in delta.entry.name or delta.parameter == "bias")

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from pipeline.combined import Combined
-from pipeline.contents import contents
+from pipeline.contents import audited, contents
 from pipeline.ground import dtypes
 from pipeline.ground.codes.encoders import encoder as codes
 from pipeline.ground.manifest import published
@@ -151,7 +151,7 @@ def describe(
         "num_parameters": sum(prod(weight.shape) for weight in merged.weights),
         "findings": tuple(unique(merged.findings, adapter.findings)),
     }
-    return Plan(**{**told, "contents": contents(adapter), **more})
+    return Plan(**{**told, "contents": contents(adapter), "trained": audited(merged, adapter), **more})
 
 
 def _names(merged: Checkpoint[Weight], adapter: Adapter) -> str:

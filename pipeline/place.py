@@ -12,6 +12,7 @@ from pipeline.ground.report import Action, PlannedWeight
 from pipeline.ground.rounding import Rounding, takes_chance
 from pipeline.ground.shards import Entry, Slot
 from pipeline.pieces import FromAdapter, Merged
+from pipeline.simulated import Simulated
 from pipeline.weight import Weight
 
 
@@ -75,6 +76,8 @@ class Place:
             return Action.encoded
         if isinstance(self.form, Held):
             return Action.copied if self.form.copied else Action.encoded
+        if isinstance(self.weight, Simulated):
+            return Action.simulated
         if self.weight.source is None:
             return Action.decoded
         return Action.copied if self.slot.dtype == self.weight.dtype else Action.cast

@@ -88,6 +88,7 @@ class Plan:
     disk: int  # bytes to be written
     findings: tuple[Finding, ...] = ()
     contents: tuple[AdapterContents, ...] = ()
+    trained: str = ""  # parameters by kind
     quantized: str = ""  # the format that linear layers are quantized to; "" leaves them as numbers
     rounding: str = "nearest"
 

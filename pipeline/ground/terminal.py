@@ -48,6 +48,7 @@ def show_plan(plan: Plan, every_weight: bool = False) -> None:
     lines = [
         ("base", plan.base),
         ("adapter", f"{plan.adapter}: " + ", ".join(f"{n} x {kind}" for kind, n in deltas.most_common(6))),
+        *([("trained", plan.trained)] if plan.trained else []),
         ("weights", ", ".join(f"{n} {action.name} ({action.value})" for action, n in counts.items())),
         ("arithmetic", f"in {plan.merge_dtype}, {plan.stored}"),
     ]
