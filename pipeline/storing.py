@@ -133,14 +133,14 @@ class Storing:
             tile = self.tiles(start, end)
             if tile.delta is None:
                 continue
-            D = tile.delta.double().flatten()
+            wide = torch.float64 if tile.delta.dtype == torch.float64 else torch.float32
+            D, W = tile.delta.to(wide).flatten(), tile.base.to(wide).flatten()
             energy += float(D.dot(D))
             if self.before:
-                moved = (self.before(start, end).value.double() - tile.base).flatten()
+                moved = self.before(start, end).value.to(wide).flatten() - W
                 shift += float(moved.dot(moved))
             if self.place.rounding is Rounding.auto:
-                change = self._nearest(tile, start) - tile.base.to(torch.float64)
-                kept += float(change.flatten().dot(D))
+                kept += float((self._nearest(tile, start).to(wide).flatten() - W).dot(D))
         return _Look(kept / energy if energy else None, sqrt(shift / energy) if energy else None)
 
     def _nearest(self, tile: Tile, start: int) -> Tensor:

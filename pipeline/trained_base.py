@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.report import Finding
 from pipeline.pieces import Merged
 from pipeline.weight import Adapter, Checkpoint, Decoded, Weight
@@ -44,4 +45,5 @@ def _code(weight: Weight) -> str | None:
     """What the codes are called that a weight is held as in the base."""
     while isinstance(weight, Merged):
         weight = weight.base
-    return weight.code.describe if isinstance(weight, Decoded) else None
+    held = weight.code.describe if isinstance(weight, Decoded) else None
+    return None if held in DENSE_FLOATS else held  # as which GGUF files hold norms

@@ -52,7 +52,12 @@ def settle(base: Checkpoint[Weight], adapter: Adapter, policy: Tied) -> tuple[Ch
     if all(once):
         return base, _without_copies(adapter, touching)
     if policy is Tied.shared:
-        return base, _moved_to(embeddings, adapter, touching)
+        text = (
+            f"tied=shared: {touching[0].first.module} was trained for one side; lm_head and embeddings change"
+        )
+        return replace(base, findings=(*base.findings, Finding(text))), _moved_to(
+            embeddings, adapter, touching
+        )
     if any(once):
         raise Refused(
             "tied: one adapter trained embeddings and lm_head as one, another only one of them; merge them "

@@ -7,6 +7,7 @@ rounding.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import re
@@ -41,6 +42,7 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 State = dict[str, torch.Tensor]
+gc.freeze()  # the libraries stay: what verification collects between two models is then quickly found
 
 
 class Beside(Enum):
@@ -270,8 +272,12 @@ def written_by_file_names(pattern: str, **config: Any) -> Callable[[Path], None]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what the libraries and the run say off the terminal, and draws no report.html (a second each)."""
-    said = io.StringIO()
+    """Keeps what the libraries and the run say off the terminal.
+
+    Draws no report.html, which takes a second, and computes in one thread: tiny matrices only wait for more.
+    """
+    said, threads = io.StringIO(), torch.get_num_threads()
+    torch.set_num_threads(1)
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(said),
@@ -279,7 +285,10 @@ def quiet() -> Iterator[None]:
         mock.patch("pipeline.door.report_page", lambda *_: ""),
     ):
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def quietly_merged(*arguments: Any, **settings: Any) -> Report:

@@ -98,6 +98,21 @@ def convolutions() -> nn.Module:
     )
 
 
+def normed() -> nn.Module:
+    """A convolution, a norm with buffers of numbers and of a count, and a head of two layers."""
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(4, 6, 3),
+            "bn": nn.BatchNorm2d(6),
+            "head": nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)),
+        }
+    )
+    bn: Any = model["bn"]
+    nn.init.normal_(bn.running_mean)
+    bn.num_batches_tracked.fill_(7)
+    return model
+
+
 class Stacked(nn.Module):
     """Stacked matrices as bare parameters `(num, d1, d2)`."""
 
@@ -199,10 +214,18 @@ PARAMETERS: dict[str, Case] = {
 }
 BESIDE_LORA: dict[str, Case] = {
     "lora_bias": Case(BIASED, lora(target_modules=["q_proj", "o_proj"], lora_bias=True)),
+    "lora_bias conv1d": Case(
+        with_biases(gpt2), lora(target_modules=CONV1D, fan_in_fan_out=True, lora_bias=True)
+    ),
+    "lora_bias convolutions": Case(with_biases(convolutions), bare(*CONVOLUTIONS, lora_bias=True), ORDER),
     "bias all": Case(BIASED, lora(target_modules=["q_proj", "up_proj"], bias="all")),
     "bias lora_only": Case(BIASED, lora(target_modules=["q_proj", "up_proj"], bias="lora_only")),
     "bias all conv1d": Case(with_biases(gpt2), lora(target_modules=CONV1D, fan_in_fan_out=True, bias="all")),
     "modules_to_save": Case(llama(), lora(modules_to_save=[*ENDS, "model.norm"])),
+    "modules_to_save, buffers": Case(
+        with_biases(normed), bare("conv", modules_to_save=["bn", "head"]), ORDER
+    ),
+    "modules_to_save of layers": Case(llama(), lora(target_modules=["q_proj"], modules_to_save=["mlp"])),
     "tokens": Case(llama(), lora(trainable_token_indices=[3, 77, 60])),
     "tokens of both": Case(
         llama(), lora(trainable_token_indices={"embed_tokens": [3, 77], "lm_head": [1, 2, 79]})

@@ -448,6 +448,19 @@ def test_keys_with_pefts_default_name_are_taken_and_told(here: Path) -> None:
     assert tensors_by_bytes(here / "plain") == tensors_by_bytes(here / "out")
 
 
+def test_a_magnitude_with_the_suffix_of_memory_is_taken_and_told(here: Path) -> None:
+    layers = [m for m in linear_shapes() if m.endswith(("q_proj", "v_proj"))]
+    for number, suffix in enumerate(("", ".weight", ".default.weight")):
+        magnitudes = {key(m, f"lora_magnitude_vector{suffix}"): tensor(linear_shapes()[m][0]) for m in layers}
+        write_adapter(here / "adapter", adapter_tensors() | magnitudes, lora_config(use_dora=True))
+        arguments = ("base_model=base", "adapter=adapter", f"output=out{number}", "verify=none")
+        said = answer(*arguments, cwd=here)
+        assert said.status == 0, said
+        assert ("4 of the adapter's keys are not quite as PEFT writes them" in said.out) == bool(suffix)
+    plain, *others = (tensors_by_bytes(here / f"out{number}") for number in range(3))
+    assert all(other == plain for other in others)
+
+
 def test_one_tensor_under_two_names_is_refused(here: Path) -> None:
     twice = adapter_tensors() | {key(Q_PROJ, "lora_A.default.weight"): tensor(4, 32)}
     sentence = adapter_refusal(here, tensors=twice)

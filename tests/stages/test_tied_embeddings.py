@@ -84,7 +84,8 @@ def test_each_side_gets_its_own_delta_and_the_config_says_untied(
 @pytest.mark.parametrize("name", ["embeddings", "head", "both"])
 def test_shared_puts_every_delta_into_the_one_tensor_as_peft_does(name: str, tmp_path: Path) -> None:
     made(tmp_path, name)
-    merged(tmp_path, "shared")
+    report = merged(tmp_path, "shared")
+    assert any("was trained for one side" in finding.text for finding in report.plan.findings)
     files = Files(tmp_path)
     total = torch.zeros(80, 32, dtype=torch.float64)
     total += SCALE * files.embedding(EMBED) if name != "head" else 0

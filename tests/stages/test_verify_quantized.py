@@ -1,0 +1,166 @@
+"""Verification of quantized outputs: right ones pass, one wrong code is named, what survives is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.ground import shards
+from pipeline.ground.codes.encoders.schemes import SCHEMES
+from pipeline.ground.errors import PipelineError, Refused
+from pipeline.ground.reference import Facts
+from pipeline.ground.report import Status
+from pipeline.ground.written import Written, standard_of
+from tests.models import tensors, write_llama, write_lora
+from tests.running import merge
+from tests.stages.quantized import (
+    FILES_ONLY,
+    FORMATS,
+    decoded,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_output_is_verified_again_later(
+    dense: tuple[Path, Path], written: dict[str, Path], name: str
+) -> None:
+    report = merge(*dense, written[name], save="existing", verify="standard", verify_settings=FILES_ONLY)
+    assert report.passed
+    assert {g.name for g in report.gates} >= {"structure", "untouched", "rounding", "retained", "hashes"}
+
+
+def damaged(folder: Path, weight: str) -> None:
+    for path in folder.glob("*.safetensors"):
+        state = load_file(path)
+        if weight in state:
+            flat = state[weight].view(-1).view(torch.uint8)
+            flat[7] ^= 0x88 if state[weight].dtype == torch.uint8 else 0x40
+            save_file(state, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "int8", "fp8-block", "int4-g128"])
+@pytest.mark.parametrize("module", ["self_attn.q_proj", "self_attn.v_proj"])
+def test_one_wrong_code_is_found(
+    dense: tuple[Path, Path], tmp_path: Path, written: dict[str, Path], name: str, module: str
+) -> None:
+    folder = shutil.copytree(written[name], tmp_path / "out")
+    (folder / "merge.json").unlink()
+    suffix = "_packed" if name == "int4-g128" else ""
+    damaged(folder, f"model.layers.1.{module}.weight{suffix}")
+    gate = "rounding" if "q_proj" in module else "converted"
+    with pytest.raises(PipelineError, match=f"{gate}: .*model.layers.1.{module}"):
+        merge(*dense, folder, save="existing", verify="standard", verify_settings=FILES_ONLY)
+
+
+def test_a_tensor_beside_the_codes_that_is_gone_is_missed(
+    dense: tuple[Path, Path], tmp_path: Path, written: dict[str, Path]
+) -> None:
+    folder = shutil.copytree(written["int8"], tmp_path / "out")
+    for path in folder.glob("*.safetensors"):
+        state = load_file(path)
+        kept = {n: t for n, t in state.items() if n != "model.layers.1.self_attn.q_proj.SCB"}
+        if len(kept) < len(state):
+            save_file(kept, path, {"format": "pt"})
+            index = json.loads((folder / shards.INDEX).read_text())
+            index["weight_map"].pop("model.layers.1.self_attn.q_proj.SCB")
+            (folder / shards.INDEX).write_text(json.dumps(index))
+    with pytest.raises((PipelineError, Refused), match=r"q_proj\.(weight|SCB)"):
+        merge(*dense, folder, save="existing", verify="structure")
+
+
+def test_the_report_says_what_survives(written: dict[str, Path]) -> None:
+    report = json.loads((written["nf4"] / "report.json").read_text())
+    assert any("codes are off by" in text and "of the deltas" in text for text in report["findings"])
+    manifest = json.loads((written["nf4"] / "merge.json").read_text())
+    merged = [w for w in manifest["weights"].values() if w["action"] == "merged"]
+    assert all(w["noise"] > 0 and w["dtype"] == "bnb nf4 block 64" for w in merged)
+    encoded = [w for w in manifest["weights"].values() if w["action"] == "encoded"]
+    assert len(merged) == 4 and len(encoded) == 10
+    assert "quantized to bnb nf4 block 64" in (written["nf4"] / "README.md").read_text()
+
+
+def test_noise_is_the_distance_over_the_delta(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    report = merge(*dense, tmp_path / "out", quantize="nf4")
+    merge(*dense, tmp_path / "wide", dtype="float32")
+    base, wide, found = tensors(dense[0]), tensors(tmp_path / "wide"), decoded(tmp_path / "out")
+    for name, facts in report.weights.items():
+        D = wide[name].double() - base[name].double()
+        off = (found[name].double() - wide[name].double()).norm() / D.norm()
+        kept = ((found[name].double() - base[name].double()) * D).sum() / (D * D).sum()
+        assert facts["noise"] == pytest.approx(float(off), rel=1e-3)  # sums in float32 over bfloat16's D
+        assert facts["retained"] == pytest.approx(float(kept), rel=1e-3)
+
+
+def test_logits_are_compared_by_our_own_decoding_and_only_told(
+    dense: tuple[Path, Path], tmp_path: Path
+) -> None:
+    report = merge(
+        *dense, tmp_path / "out", quantize="nf4", verify="standard", verify_settings={"tokens": 128}
+    )
+    (gate,) = (gate for gate in report.gates if gate.name == "logits")
+    assert gate.status is Status.passed and "reported only" in gate.wanted
+    assert report.logits and report.logits["kl_mean"] > 0
+
+
+def test_float16_overflow_of_int8_is_refused(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base", torch.bfloat16)
+    adapter = write_lora(tmp_path / "adapter", base, size=300.0)
+    with pytest.raises(PipelineError, match="holds values that are not finite"):
+        merge(base, adapter, tmp_path / "out", quantize="int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"), [("nf4", ".absmax"), ("fp8-block", "_scale_inv"), ("int4-g128", "_scale")]
+)
+def test_a_wrong_scale_is_found(
+    dense: tuple[Path, Path], tmp_path: Path, written: dict[str, Path], name: str, beside: str
+) -> None:
+    folder = shutil.copytree(written[name], tmp_path / "out")
+    (folder / "merge.json").unlink()
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    change(folder, f"{weight}{beside}", lambda scale: scale.view(-1)[:1].mul_(1.5))
+    with pytest.raises(PipelineError, match=rf"rounding: .*{weight}"):
+        merge(*dense, folder, save="existing", verify="standard", verify_settings=FILES_ONLY)
+
+
+def test_codes_that_fit_a_scale_that_serves_badly_are_found(
+    dense: tuple[Path, Path], tmp_path: Path, written: dict[str, Path]
+) -> None:
+    """Each code is the nearest over its scale; but that is so large that all of them are subnormal."""
+    folder = shutil.copytree(written["fp8-channel"], tmp_path / "out")
+    weight = "model.layers.0.self_attn.v_proj.weight"
+    W = tensors(dense[0])[weight]
+    scale = tensors(folder)[f"{weight}_scale"].float() * 2.0**15
+    codes = (W.float() / scale).to(torch.float8_e4m3fn)
+    change(folder, f"{weight}_scale", lambda stored: stored.copy_(scale.to(stored.dtype)))
+    change(folder, weight, lambda stored: stored.copy_(codes))
+    encoder = SCHEMES["fp8-channel"].encoder(weight, tuple(W.shape), "BF16")
+    assert encoder
+    for path, faulty in ((written["fp8-channel"], False), (folder, True)):
+        read, facts, nothing = Written(path), Facts(), torch.zeros(1, 1, dtype=torch.float64)
+        with standard_of(encoder, read.codes[weight], False) as standard:
+            standard.compare(facts, read.rows(weight, 0, len(W)), 0, W, nothing, nothing)
+        assert facts.beyond == 0 and facts.is_noisy == faulty
+
+
+def change(folder: Path, name: str, how: Callable[[Tensor], object]) -> None:
+    for path in folder.glob("*.safetensors"):
+        state = load_file(path)
+        if name in state:
+            how(state[name])
+            save_file(state, path, {"format": "pt"})
