@@ -10,6 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.ground.codes.encoders.encoder import Encode, Encoded
+from pipeline.ground.files import as_bytes
 from pipeline.ground.metrics import (
     SAMPLED_ELEMENTS,
     Statistics,
@@ -190,10 +191,3 @@ def storing(place: Place, device: str) -> Iterator[Storing]:
         encode = stack.enter_context(place.encoder.open(device)) if place.encoder else None
         before = stack.enter_context(base.base.open(device)) if isinstance(base, Simulated) else None
         yield Storing(place, tiles, encode, before)
-
-
-def as_bytes(stored: Tensor) -> memoryview:
-    """The bytes of a tensor, on the CPU."""
-    import torch
-
-    return memoryview(stored.cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.ground.digests import Digest
-from pipeline.ground.files import read_into
+from pipeline.ground.files import as_bytes, read_into
+from pipeline.ground.in_flight import InFlight
 from pipeline.ground.metrics import Statistics, is_sampled
 from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
 from pipeline.ground.progress import Progress
@@ -20,7 +21,7 @@ from pipeline.ground.shard_writer import ShardWriter
 from pipeline.ground.shards import Entry, Slot
 from pipeline.layout import PlannedShard
 from pipeline.place import Held, Place
-from pipeline.storing import Made, Storing, as_bytes, storing
+from pipeline.storing import Made, Storing, storing
 
 _COPY_CHUNK = 1 << 20
 
@@ -56,10 +57,12 @@ def write_shards(
 ) -> Written:
     """Writes all shards into the folder; at most `window` tiles are in memory at a time."""
     keep_freed_memory()
-    written = _Writing(folder, device, bar)
+    flushed: list[Future[None]] = []
+    written = _Writing(folder, InFlight(device, num_workers()), window, bar)
     with (
         ExitStack() as opened,  # what a failed run leaves open is closed once its workers have ended
         ThreadPoolExecutor(1, thread_name_prefix="digest") as hashing,
+        ThreadPoolExecutor(1, thread_name_prefix="flush") as flushing,
         plain_arithmetic(),
         in_order(written.tasks(shards, opened, hashing), num_workers(), window) as done,
     ):
@@ -69,8 +72,12 @@ def write_shards(
                 continue
             chunk.writer.hashed(chunk.buffer)
             bar.advance(len(chunk.buffer))
+            if flush := chunk.writer.flush():
+                flushed.append(flushing.submit(flush))
             if chunk.done:
                 chunk.done()
+    for future in flushed:
+        future.result()  # the kernel tells of a failed write once: to whoever asks first
     digests = [future.result() for future in written.digests]
     return Written(digests, written.statistics, list(written.overflown), written.num_bytes)
 
@@ -78,8 +85,8 @@ def write_shards(
 class _Writing:
     """A pass: its tasks, and what they find."""
 
-    def __init__(self, folder: Path, device: str, bar: Progress) -> None:
-        self._folder, self._device, self._bar = folder, device, bar
+    def __init__(self, folder: Path, in_flight: InFlight, window: int, bar: Progress) -> None:
+        self._folder, self._in_flight, self._window, self._bar = folder, in_flight, window, bar
         self.digests: list[Future[Digest]] = []
         self.statistics: dict[str, Statistics] = {}
         self.overflown: dict[str, None] = {}
@@ -114,16 +121,33 @@ class _Writing:
     ) -> Iterator[_Task]:
         if not place.slot.length:
             return
-        stored, grid = opened.enter_context(storing(place, self._device)), place.grid
+        stored = yield from self._opened(place, opened)
+        grid = place.grid
 
         def tile(start: int, stop: int, sampled: bool) -> _Chunk:
-            made = stored.tile(start, stop, sampled)
+            made = self._in_flight.run(partial(stored.tile, start, stop, sampled))
             writer.write(place.slot.offset + made.offset, made.buffer)
             return _Chunk(writer, made.buffer, partial(self._made, stored, made._replace(buffer=_NOTHING)))
 
         for number, (start, stop) in enumerate(grid):
             yield partial(tile, start, stop, is_sampled(number, len(grid)))
         yield partial(_then, partial(self._stored, stored, writer, late))
+
+    def _opened(self, place: Place, opened: ExitStack) -> Generator[_Task, None, Storing]:
+        """The weight, open; where the device is short of memory, when all weights before it are closed."""
+        import torch
+
+        device = self._in_flight.device
+        try:
+            return opened.enter_context(storing(place, device))
+        except torch.OutOfMemoryError:
+            pass
+        for _ in range(self._window):  # whoever hands these on has handed on all that came before
+            yield partial(_then, _nothing)
+        try:
+            return opened.enter_context(storing(place, device))
+        except torch.OutOfMemoryError as error:
+            raise self._in_flight.too_small() from error
 
     def _made(self, stored: Storing, made: Made) -> None:
         stored.done(made)
@@ -158,6 +182,10 @@ class _Writing:
 
 
 _NOTHING = memoryview(b"")
+
+
+def _nothing() -> None:
+    pass
 
 
 def _then(action: Callable[[], None]) -> Callable[[], None]:

@@ -116,8 +116,8 @@ class Dense(Weight):
         with extent.file.opened() as descriptor:
 
             def tile(start: int, stop: int) -> Tile:
-                raw = read_tensor(descriptor, extent.offset + start * row, (stop - start) * row)
-                value = raw.to(device).view(kind).view(stop - start, self.num_columns)
+                raw = read_tensor(descriptor, extent.offset + start * row, (stop - start) * row, device)
+                value = raw.view(kind).view(stop - start, self.num_columns)
                 return Tile(value, value)
 
             yield tile

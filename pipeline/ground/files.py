@@ -63,14 +63,33 @@ def read_into(descriptor: int, offset: int, buffer: memoryview) -> None:
         done += count
 
 
-def read_tensor(descriptor: int, offset: int, length: int) -> Tensor:
-    """`length` bytes at `offset` as an uint8 tensor `(length,)` in memory of its own."""
+def read_tensor(descriptor: int, offset: int, length: int, device: str = "cpu") -> Tensor:
+    """`length` bytes at `offset` as an uint8 tensor `(length,)` on the device, in memory of its own.
+
+    On its way to a GPU it goes through pinned memory, which torch hands out again once the copy is done; the
+    reader does not wait for that.
+    """
     import torch
 
-    buffer = torch.empty(length, dtype=torch.uint8)
+    pinned = device.startswith("cuda")
+    buffer = torch.empty(length, dtype=torch.uint8, pin_memory=pinned)
     if length:
         read_into(descriptor, offset, memoryview(buffer.numpy()))
-    return buffer
+    return buffer.to(device, non_blocking=pinned)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, in host memory; out of a GPU through pinned memory."""
+    import torch
+
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    if not flat.is_cuda:
+        return memoryview(flat.cpu().numpy())
+    host, copied = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
+    host.copy_(flat, non_blocking=True)
+    copied.record(torch.cuda.current_stream(flat.device))
+    copied.synchronize()  # this copy, not what other threads have put behind it
+    return memoryview(host.numpy())
 
 
 def write_all(descriptor: int, offset: int, buffer: memoryview) -> None:

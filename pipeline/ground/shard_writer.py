@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.ground.digests import Digest, sha256
 from pipeline.ground.files import File, write_all
 
+_FLUSHED = 256 << 20  # bytes after which the disk is set to work, so that little is left to sync in the end
 _FICLONE = 0x40049409  # linux/fs.h: share all blocks of another file (btrfs, XFS, bcachefs, ZFS, NFS 4.2)
 
 
@@ -23,7 +25,7 @@ class ShardWriter:
         self, path: Path, header: bytes, size: int, same_as: File | None, in_order: bool = True
     ) -> None:
         self.path, self.size, self._in_order = path, size, in_order
-        self._sha256 = hashlib.sha256(header)
+        self._sha256, self._dirty = hashlib.sha256(header), 0
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self.cloned = same_as is not None and self._clone(same_as)
         if not self.cloned:
@@ -47,6 +49,21 @@ class ShardWriter:
         """Takes the next bytes of the file into its hash."""
         if self._in_order:
             self._sha256.update(buffer)
+        self._dirty += len(buffer)
+
+    def flush(self) -> Callable[[], None] | None:
+        """What brings the bytes so far to the disk, on any thread, when there are enough for it."""
+        if self._dirty < _FLUSHED:
+            return None
+        self._dirty, descriptor = 0, os.dup(self._descriptor)
+
+        def flushed() -> None:
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+
+        return flushed
 
     def digest(self) -> Digest:
         """What identifies the file, once all of it is written."""

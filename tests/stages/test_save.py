@@ -353,14 +353,14 @@ def test_peak_memory_stays_under_the_plan(tmp_path: Path) -> None:
     )
     adapter = write_lora(tmp_path / "adapter", base)
     size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
-    tell = "import resource, sys; sys.stderr.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+    tell = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     run = f"import sys; from pipeline.__main__ import main; status = main(); {tell}; sys.exit(status)"
     request = [f"base_model={base}", f"adapter={adapter}", f"output={tmp_path / 'out'}", "verify=none"]
 
     def peak(code: str, *arguments: str) -> int:
         command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return int(done.stderr) * 1024
+        return int(done.stdout.split()[-1]) * 1024
 
     idle = peak(f"import torch, hydra; torch.ones(9) @ torch.ones(9); {tell}")
     assert size > 200e6

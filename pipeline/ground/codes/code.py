@@ -85,5 +85,5 @@ Finder = Callable[[Mapping[str, Entry], Quantization], Iterable[Found]]
 def read_whole(entry: Entry, device: str = "cpu") -> Tensor:
     """A tensor of a part (scales, tables, packed shapes) with its file's values and shape."""
     with entry.extent.file.opened() as descriptor:
-        raw = read_tensor(descriptor, entry.extent.offset, entry.extent.length)
-    return raw.view(torch_dtype(entry.dtype)).view(entry.shape).to(device)
+        raw = read_tensor(descriptor, entry.extent.offset, entry.extent.length, device)
+    return raw.view(torch_dtype(entry.dtype)).view(entry.shape)

@@ -45,8 +45,8 @@ class GgufCode(Code):
         with extent.file.opened() as descriptor:
 
             def rows(start: int, stop: int) -> Tensor:
-                raw = read_tensor(descriptor, extent.offset + start * size, (stop - start) * size)
-                value = decode(self.entry.dtype, raw.to(device).view(stop - start, size))
+                raw = read_tensor(descriptor, extent.offset + start * size, (stop - start) * size, device)
+                value = decode(self.entry.dtype, raw.view(stop - start, size))
                 return self.transform(value) if self.transform else value
 
             yield rows

@@ -30,7 +30,7 @@ def reading(device: str, *entries: Entry) -> Iterator[tuple[Bytes, ...]]:
         def read(entry: Entry, start: int, stop: int) -> Tensor:
             assert 0 <= start <= stop <= entry.extent.length
             extent = entry.extent
-            return read_tensor(descriptors[extent.file], extent.offset + start, stop - start).to(device)
+            return read_tensor(descriptors[extent.file], extent.offset + start, stop - start, device)
 
         yield tuple(partial(read, entry) for entry in entries)
 

@@ -169,6 +169,6 @@ class Turned(Delta):
 def read_entry(entry: Entry, device: str = "cpu", dtype: str | None = None) -> Tensor:
     """An adapter's tensor with its file's values, in `dtype` where one is given."""
     with entry.extent.file.opened() as descriptor:
-        raw = read_tensor(descriptor, entry.extent.offset, entry.extent.length)
-    value = raw.view(torch_dtype(entry.dtype)).view(entry.shape).to(device)
+        raw = read_tensor(descriptor, entry.extent.offset, entry.extent.length, device)
+    value = raw.view(torch_dtype(entry.dtype)).view(entry.shape)
     return value.to(torch_dtype(dtype)) if dtype else value

@@ -43,8 +43,8 @@ class Saved(Delta):
         with extent.file.opened() as descriptor:
 
             def rows(start: int, stop: int, W: Tensor) -> Tensor:
-                raw = read_tensor(descriptor, extent.offset + start * row, (stop - start) * row)
-                value = raw.view(torch_dtype(self.entry.dtype)).to(device, torch_dtype(dtype))
+                raw = read_tensor(descriptor, extent.offset + start * row, (stop - start) * row, device)
+                value = raw.view(torch_dtype(self.entry.dtype)).to(torch_dtype(dtype))
                 return value.view(stop - start, prod(self.shape) // self.num_rows)
 
             yield rows
