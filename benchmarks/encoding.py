@@ -1,10 +1,10 @@
 # ruff: noqa: T201
 """Encoders against references: bytes that differ, and speed.
 
-`encoding.py` encodes gaussians of ragged and of large shapes with each format of `save.quantize`, by tiles, and
-with the library that the format comes from, and counts the bytes that differ, scales and all. The speed is in
-gigabytes of bfloat16 weights per second of CPU on one thread, of ours and of the library. By chance there is no
-reference: the last lines show the speed of stochastic rounding.
+`encoding.py` encodes gaussians of ragged and of large shapes with each format of `save.quantize`, by tiles,
+and with the library that the format comes from, and counts the bytes that differ, scales and all. The speed
+is in gigabytes of bfloat16 weights per second of CPU on one thread, of ours and of the library. By chance
+there is no reference: the last lines show the speed of stochastic rounding.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def cases() -> Iterator[tuple[str, str, Reference, list[tuple[int, int]]]]:
 
 def by_tiles(name: str, values: Tensor, stream: int | None = None) -> dict[str, Tensor]:
     encoder = ours(name, (values.shape[0], values.shape[1]))
-    return encoded(encoder, values, tiles.tile_rows(values.shape[1], encoder.grain) // encoder.grain, stream)[0]
+    grains = tiles.tile_rows(values.shape[1], encoder.grain) // encoder.grain
+    return encoded(encoder, values, grains, stream)[0]
 
 
 def differing(made: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[int, int]:
@@ -146,7 +147,8 @@ def main() -> None:
             found = differing(by_tiles(name, values), reference(values))
             count, off = count + found[0], off + found[1]
         theirs = speed(lambda: reference(large), large.numel(), 1)  # noqa: B023  called at once
-        print(f"| {name} | {library} | {count:,} | {off} | {encoding_speed(name, large):.2f} | {theirs:.2f} |")
+        mine = encoding_speed(name, large)
+        print(f"| {name} | {library} | {count:,} | {off} | {mine:.2f} | {theirs:.2f} |")
     chance = speed(lambda: round_by_chance(large, "BF16", 1, 0), large.numel())
     print(f"| bfloat16, stochastic | - | - | - | {chance:.2f} | - |")
     print(f"| fp8-block, stochastic | - | - | - | {encoding_speed('fp8-block', large, 1):.2f} | - |")
