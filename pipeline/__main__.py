@@ -10,20 +10,19 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import compose, recipe_source, stage
 from pipeline.arguments import is_sweep, prepared
-from pipeline.door import Rejected, Request, fulfil
-from pipeline.ground.errors import PipelineError, Refused
+from pipeline.door import Request, fulfil
+from pipeline.ground.errors import Refused
 from pipeline.ground.manifest import own_version
 from pipeline.ground.paths import bundled
-from pipeline.ground.report import Report
+from pipeline.ground.report import Rejected, Report
 from pipeline.help import text
-from pipeline.sentences import sentence
+from pipeline.refusing import understood
 from pipeline.sweep import Run, finish, overrides, thin
 
 
@@ -152,31 +151,11 @@ def _told(name: str, report: Report | None, error: Exception | None, output: str
 
 def _failed(error: Exception) -> int:
     """Tells an error in sentences, and gives the exit status it means."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(error, Refused):
-        for sentence in error.sentences:
-            _tell(sentence)
-        return 2
-    if isinstance(error, PipelineError):
-        _tell(str(error))
-        return 1
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        _tell(_composition_sentence(error))
-        return 2
-    if isinstance(error, RecursionError):
-        _tell(f"recipe: '{_argument('recipe')}' builds on itself, or is nested too deeply")
-        return 2
-    if isinstance(error, ValueError) and "Config group override must be a string" in str(error):
-        groups: dict[str, Iterable[str]] = {slot: compose.offered(slot) for slot in stage.SLOTS}
-        groups["recipe"] = recipe_source.names()
-        key = next((key for key in groups if _argument(key) == "null"), "recipe")
-        _tell(f"{key}: null is no choice; choose {', '.join(sorted(groups[key]))}")
-        return 2
-    if isinstance(error, OSError) and error.errno is not None:
-        _tell(f"{error.filename or 'writing'}: {error.strerror}; the run ended there")
-        return 1
+    known = understood(error, _argument)
+    for told in known.sentences if isinstance(known, Refused) else [str(known)] if known else []:
+        _tell(told)
+    if known:
+        return 2 if isinstance(known, Refused) else 1
     reason = (str(error).splitlines() or [""])[0]
     _tell(f"internal error: {type(error).__name__}: {reason}; run again with debug=true and report it")
     return 1
@@ -190,17 +169,6 @@ def _argument(key: str) -> str:
 def _tell(what: str) -> None:
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in what)
     sys.stderr.write(f"error: {plain}\n")
-
-
-def _composition_sentence(error: Exception) -> str:
-    """Hydra's and OmegaConf's errors about a request, as one sentence."""
-    if isinstance(error, recipe_source.RecipeError):
-        return str(error)
-    text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
-    offered = {slot: compose.offered(slot) for slot in stage.SLOTS}
-    inner = [f"{s}.{f.name}" for s, nodes in offered.items() for node in nodes.values() for f in fields(node)]
-    keys = [*compose.ROOT_KEYS, *stage.SLOTS, "recipe", *inner]
-    return sentence(text, recipe_source.names(), offered, keys)
 
 
 if __name__ == "__main__":

@@ -56,10 +56,10 @@ def _prepared(argument: str, sweeps: bool) -> str:
         return argument
     if sweeps and "," in value and not os.path.lexists(os.path.expanduser(value)):  # noqa: PTH111
         return argument  # several values
-    return f"{key}={quoted(_recipe_path(value) if key == 'recipe' else value)}"
+    return f"{key}={quoted(recipe_path(value) if key == 'recipe' else value)}"
 
 
-def _recipe_path(value: str) -> str:
+def recipe_path(value: str) -> str:
     """A recipe's file as an absolute path, so that it means the file from here; a name stays a name."""
     looks_like_path = value.startswith((".", "/", "~")) or ".." in value.split("/")
     path = Path(os.path.abspath(os.path.expanduser(value)))  # noqa: PTH100, PTH111  ~nobody is no error

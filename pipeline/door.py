@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.html import report_page
-from pipeline.ground.manifest import NAME, write_json
-from pipeline.ground.report import Report, Status
+from pipeline.ground.manifest import NAME, versions, write_json
+from pipeline.ground.report import Report
 from pipeline.ground.terminal import show_plan, show_report
-from pipeline.ground.workplace import Workplace, rejected
+from pipeline.ground.workplace import Workplace
 from pipeline.stage import Pipeline
-
-
-class Rejected(PipelineError):  # noqa: N818  it reads like what happened
-    """Verification refused the result; its report is told."""
-
-    def __init__(self, sentence: str, report: Report) -> None:
-        super().__init__(sentence)
-        self.report = report
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class Request:
 
 
 def fulfil(request: Request) -> Report | None:
-    """Plans, and unless that is all, runs and publishes; PipelineError if verification refuses the result."""
+    """Plans, and unless that is all, runs and publishes; Rejected if verification refuses the result."""
     look_only = not request.pipeline.save.needs_output
     _check_report(request.report)
     plan = request.pipeline.plan()
@@ -45,10 +37,19 @@ def fulfil(request: Request) -> Report | None:
         return None
     if request.pipeline.save.writes:
         return _published(request)
-    report = request.pipeline.run()
-    _write_report(report, request)
-    _judge(report, request, request.pipeline.save.output)
-    return report
+    report = _of(request, request.pipeline.run(), request.pipeline.save.output)
+    return _told(report, request)
+
+
+def _of(request: Request, report: Report, stands_at: Path) -> Report:
+    """The report with what was asked for, and where the result stands."""
+    return replace(
+        report,
+        stages=request.pipeline.chosen(),
+        request=request.settings,
+        versions={name: found for part in versions().values() for name, found in part.items()},
+        stands_at=stands_at,
+    )
 
 
 def _check_report(path: Path | None) -> None:
@@ -62,17 +63,15 @@ def _check_report(path: Path | None) -> None:
 
 def _published(request: Request) -> Report:
     with Workplace(request.pipeline.save.output) as place:
-        report = _run_planned(request.pipeline)
+        report = _of(request, _run_planned(request.pipeline), place.folder)
         verdict = {gate.name: gate.status.value for gate in report.gates}
         manifest = {k: v for k, v in report.manifest.items() if k != "save"}
-        asked = {"stages": request.pipeline.chosen(), "request": request.settings}
+        asked = {"stages": report.stages, "request": report.request}
         write_json(place.folder / NAME, {**manifest, **asked, "verified": verdict})
         write_json(place.folder / "report.json", report.as_dict())
-        (place.folder / "report.html").write_text(report_page(report, request.settings), "utf-8")
-        stands_at = place.publish() if report.passed else place.reject()
-    _write_report(report, request)
-    _judge(report, request, stands_at)
-    return report
+        (place.folder / "report.html").write_text(report_page(report), "utf-8")
+        report = replace(report, stands_at=place.publish() if report.passed else place.reject())
+    return _told(report, request)
 
 
 def _run_planned(pipeline: Pipeline) -> Report:
@@ -83,24 +82,11 @@ def _run_planned(pipeline: Pipeline) -> Report:
         raise PipelineError(f"the run failed: {refusal}; nothing was published") from refusal
 
 
-def _write_report(report: Report, request: Request) -> None:
+def _told(report: Report, request: Request) -> Report:
+    """Writes the report where it is asked for and shows it; Rejected if verification refuses the result."""
     if request.report:
         if request.report.suffix != ".html":
             write_json(request.report, report.as_dict())
-        request.report.with_suffix(".html").write_text(report_page(report, request.settings), "utf-8")
-
-
-def _judge(report: Report, request: Request, stands_at: Path) -> None:
-    show_report(report, f"{'done' if report.passed else 'refused'}: {stands_at}")
-    failed = [gate for gate in report.gates if gate.status is Status.failed]
-    if failed:
-        aside = (
-            f"; the output is kept in {stands_at}"
-            if stands_at == rejected(request.pipeline.save.output)
-            else ""
-        )
-        gate, cause = failed[0], f"; likely cause: {report.causes[0]}" if report.causes else ""
-        raise Rejected(
-            f"verification refused the result: {gate.name}: {gate.seen}, wanted {gate.wanted}{cause}{aside}",
-            report,
-        )
+        request.report.with_suffix(".html").write_text(report_page(report), "utf-8")
+    show_report(report, f"{'done' if report.passed else 'refused'}: {report.stands_at}")
+    return report.require()

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from math import ceil, isfinite, log10
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
 
 _WIDTH = 5.2  # inches of 72 units: 374 px, a phone
 _LONGEST = 22  # characters of a name beside an axis
+_ACROSS = 56  # characters that stand side by side below one
+_FLOORS = (0.99, 0.9, 0.5, 0.0)  # where the colours of shares may begin
+_AS_GOOD_AS_ALL = 1.02  # samples may show a little more than all
+_MUCH_MORE = 1.5  # what the noise of codes does not reach, and a delta merged twice does
 _INKS = {"ink": "#0a0b0c", "muted": "#0d0e0f", "accent": "#101112", "grid": "#131415", "bad": "#161718"}
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a $ in a module's name is a $
@@ -39,6 +46,47 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+class Chart(NamedTuple):
+    """A chart that can be drawn."""
+
+    name: str  # its ids in the page begin with it
+    caption: str
+    draw: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn chart: it shows itself in a notebook, and `str(plot)` is an SVG file."""
+
+    caption: str
+    svg: str
+
+    def _repr_html_(self) -> str:
+        pale = "color-mix(in srgb, currentColor {}%, transparent)"
+        inks = {**_light(), "ink": "currentColor", "muted": pale.format(65), "grid": pale.format(18)}
+        style = "".join(f"--{name}: {ink}; " for name, ink in inks.items())
+        caption = f"<figcaption>{escape(self.caption)}</figcaption>"
+        return f'<figure style="{style}max-width: 36rem; margin: 0">{caption}{self.svg}</figure>'
+
+    def __str__(self) -> str:
+        drawing = self.svg
+        for name, ink in _light().items():
+            drawing = drawing.replace(f"var(--{name})", ink)
+        return drawing
+
+
+def _light() -> dict[str, str]:
+    """The page's own colours of the inks, by day."""
+    style = Path(__file__).with_name("page.css").read_text("utf-8")
+    return {name: re.findall(rf"--{name}: ([^;]+);", style)[0] for name in _INKS}
+
+
+def plotted(charts: Sequence[Chart]) -> dict[str, Plot]:
+    """The charts that can be drawn here, by their names."""
+    made = ((chart, drawn(chart.name, chart.draw)) for chart in charts)
+    return {chart.name: Plot(chart.caption, svg) for chart, svg in made if svg is not None}
+
+
 class Spread(NamedTuple):
     """Where the values of a weight lie, before and after the merge: min, max, mean, std."""
 
@@ -48,52 +96,71 @@ class Spread(NamedTuple):
 
 
 def heat_map(
-    rows: Sequence[str],
-    columns: Sequence[str],
-    values: Sequence[Sequence[float | None]],
-    label: str,
-    *,
-    limits: tuple[float, float] | None = None,
-    logarithmic: bool = False,
+    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], label: str
 ) -> str:
-    """A cell for each row and column, empty where there is no value; the label names what colour means."""
-    import numpy as np
-    from matplotlib.colors import LogNorm, Normalize
+    """A cell for each row and column on a logarithmic scale, empty where there is no value."""
+    from matplotlib.colors import LogNorm
 
+    table = _table(values)
+    high = float(table.max())
+    low = max(float(table.min()), high * 1e-6, 1e-300)
+    return _cells(rows, columns, table, label, LogNorm(low, max(high, low * 1.1)), "viridis")
+
+
+def shares(
+    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], label: str
+) -> str:
+    """The same for shares, of which 1 is right: the less the darker, and red what is more than 1."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
+
+    table = _table(values)
+    least, most = float(table.min()), float(table.max())
+    low = next((floor for floor in _FLOORS if least >= floor), least)
+    if most <= _AS_GOOD_AS_ALL:
+        return _cells(rows, columns, table, label, Normalize(low, 1), "viridis")
+    below = [colormaps["viridis"](n / 16) for n in range(17)]
+    above = [colormaps["YlOrRd"](0.25 + 0.75 * n / 16) for n in range(1, 17)]
+    colours = LinearSegmentedColormap.from_list("shares", [*below, *above])
+    return _cells(rows, columns, table, label, TwoSlopeNorm(1, low, max(most, _MUCH_MORE)), colours)
+
+
+def _table(values: Sequence[Sequence[float | None]]) -> Any:
+    import numpy as np
+
+    return np.ma.masked_invalid([[np.nan if v is None else v for v in row] for row in values])
+
+
+def _cells(rows: Sequence[str], columns: Sequence[str], table: Any, label: str, norm: Any, cmap: Any) -> str:
     columns = [_short(name) for name in columns]
-    height = 1.2 + min(max(0.17 * len(rows), 0.6), 9) + 0.06 * max(map(len, columns))
+    flat = sum(len(name) + 2 for name in columns) <= _ACROSS
+    height = 1.2 + min(max(0.17 * len(rows), 0.6), 9) + (0.2 if flat else 0.06 * max(map(len, columns)))
     figure, axes = _figure(height)
-    table = np.ma.masked_invalid([[np.nan if v is None else v for v in row] for row in values])
-    low, high = limits or (float(table.min()), float(table.max()))
-    if logarithmic:
-        low = max(low, high * 1e-6, 1e-300)
-        norm: Normalize = LogNorm(low, max(high, low * 1.1))
-    else:
-        norm = Normalize(low, max(high, low + 1e-9))
-    mesh = axes.pcolormesh(table, norm=norm, cmap="viridis", edgecolors="face", linewidth=0.5)
+    mesh = axes.pcolormesh(table, norm=norm, cmap=cmap, edgecolors="face", linewidth=0.5)
     axes.invert_yaxis()
     every = ceil(len(rows) / (height / 0.2))
     shown = [n for n in range(len(rows)) if n % every == 0 or not rows[n].isdigit()]
     axes.set_yticks([n + 0.5 for n in shown], [rows[n] for n in shown])
-    axes.set_xticks([n + 0.5 for n in range(len(columns))], list(columns), rotation=40, ha="right")
+    turned = {} if flat else {"rotation": 40, "ha": "right"}
+    axes.set_xticks([n + 0.5 for n in range(len(columns))], list(columns), **turned)
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
     bar = figure.colorbar(mesh, ax=axes, location="top", aspect=40, pad=0.02, fraction=0.05)
     bar.outline.set_visible(False)
     bar.set_label(label)
-    if logarithmic:
+    if type(norm).__name__ == "LogNorm":
         _plain(bar.ax.xaxis)
     return _svg(figure)
 
 
-def histogram(edges: Sequence[str], counts: Sequence[int], label: str, num_good: int) -> str:
-    """Bars of shares; those after the first `num_good` are drawn as bad."""
+def histogram(counts: Sequence[int], ticks: Mapping[int, str], label: str, num_good: int) -> str:
+    """Bars of shares, ticks where bars end; those after the first `num_good` are drawn as bad."""
     figure, axes = _figure(2.2)
     total = max(sum(counts), 1)
     colours = [_INKS["accent"] if n < num_good else _INKS["bad"] for n in range(len(counts))]
     axes.bar(range(len(counts)), [100 * c / total for c in counts], color=colours, width=0.9)
-    axes.set_xticks(range(len(edges)), list(edges), rotation=40, ha="right")
+    axes.set_xticks([at - 0.5 for at in ticks], list(ticks.values()))
     axes.set_xlabel(label)
     axes.set_ylabel("% of elements")
     axes.grid(axis="y")
@@ -118,14 +185,15 @@ def spreads(weights: Sequence[Spread], label: str) -> str:
     return _svg(figure)
 
 
-def along(values: Sequence[float], xlabel: str, ylabel: str, level: tuple[float, str] | None = None) -> str:
-    """A line of values along the text, on a logarithmic scale, with a level drawn across if there is one."""
+def along(values: Sequence[float], length: int, xlabel: str, ylabel: str, level: float = 0.0) -> str:
+    """Means of equal stretches of a text of that length, on a logarithmic scale; a level drawn across."""
     figure, axes = _figure(2.4)
-    axes.plot(range(len(values)), [max(v, 1e-12) for v in values], color=_INKS["accent"], linewidth=1.2)
-    if level and level[0] > 0:
-        axes.axhline(level[0], color=_INKS["muted"], linewidth=1, linestyle="--")
-        axes.text(0, level[0], level[1], color=_INKS["muted"], va="bottom", fontsize=8)
+    at = [(n + 0.5) * length / len(values) for n in range(len(values))]
+    axes.plot(at, [max(v, 1e-12) for v in values], color=_INKS["accent"], linewidth=1.2)
     axes.set_yscale("log")
+    axes.set_xlim(0, length)
+    if level > 0:
+        axes.axhline(level, color=_INKS["muted"], linewidth=1, linestyle="--")
     _plain(axes.yaxis, every_decade=True)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -135,13 +203,17 @@ def along(values: Sequence[float], xlabel: str, ylabel: str, level: tuple[float,
 
 
 def points(named: Sequence[tuple[str, float, float]], xlabel: str, ylabel: str) -> str:
-    """Named points (name, x, y), y on a logarithmic scale where it spans decades."""
+    """Points (name, x, y) by their numbers, y on a logarithmic scale where it spans decades."""
     figure, axes = _figure(3.0)
     ys = [y for _, _, y in named if y > 0 and isfinite(y)]
-    for number, (name, x, y) in enumerate(named, 1):
+    together: dict[tuple[str, str], list[str]] = {}  # numbers of points that cover each other
+    for number, (_, x, y) in enumerate(named, 1):
         axes.plot([x], [y], "o", color=_INKS["accent"], markersize=5)
-        axes.annotate(str(number), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
-        assert name
+        together.setdefault((f"{x:.2g}", f"{y:.1g}"), []).append(str(number))
+    for number, (_, x, y) in enumerate(named, 1):
+        numbers = together[f"{x:.2g}", f"{y:.1g}"]
+        if numbers[0] == str(number):
+            axes.annotate(", ".join(numbers), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
     if len(ys) == len(named) and log10(max(ys) / min(ys)) > 1:
         axes.set_yscale("log")
         _plain(axes.yaxis, every_decade=True)

@@ -10,19 +10,7 @@ from pipeline.ground import charts
 from pipeline.ground.markup import Column, Markup, element, figure, section, table
 
 _MOST_SPREADS = 12  # weights whose distribution is drawn; the table has all
-_ULP_EDGES = [
-    "0-.05",
-    ".05-.1",
-    ".1-.15",
-    ".15-.2",
-    ".2-.25",
-    ".25-.3",
-    ".3-.35",
-    ".35-.4",
-    ".4-.45",
-    ".45-.5",
-]
-_BEYOND = [".5-1", "> 1"]
+_ULP_TICKS = {0: "0", 2: ".1", 4: ".2", 6: ".3", 8: ".4", 10: ".5", 11: "1", 12: "more"}
 
 Weights = Mapping[str, Mapping[str, Any]]
 
@@ -56,22 +44,34 @@ def weights_section(weights: Weights) -> Markup | None:
     """Heat maps, distributions, distances from float64, and a table; None where nothing was measured."""
     if not weights:
         return None
-    shown: list[Markup] = []
-    for key, caption, limits, logarithmic in (
-        ("retained", "Share of the delta that survived rounding, by layer and module", True, False),
-        ("verified_retained", "Share of the delta found in the files, by layer and module", True, False),
-        ("relative_norm", "Size of the delta against the weight, by layer and module", False, True),
-    ):
-        layers, modules, values = grid(weights, key)
-        flat = [v for row in values for v in row if v is not None]
-        if not flat or (key == "verified_retained" and shown):
-            continue
-        span = (min(0.9, max(min(flat), 0.0)), 1.0) if limits else None
-        chart = partial(
-            charts.heat_map, layers, modules, values, "1 = all of it" if limits else "||D|| / ||W||",
-            limits=span, logarithmic=logarithmic,
-        )  # fmt: skip
-        shown.append(figure(caption, charts.drawn(key, chart)))
+    drawn = [figure(c.caption, charts.drawn(c.name, c.draw)) for c in weight_charts(weights)]
+    keys = {
+        "retained": "retained",
+        "verified_retained": "found",
+        "changed_fraction": "changed",
+        "relative_norm": "||D||/||W||",
+        "worst_ulp": "ulp",
+        "verified_noise": "noise/||D||",
+    }
+    listed = every_weight(weights, keys)
+    return section("What the merge did to the weights", element("div", *drawn, class_="charts"), listed)
+
+
+def weight_charts(weights: Weights) -> list[charts.Chart]:
+    """What of these can be drawn for a merge."""
+    found = [
+        share_map(weights, "retained", "Share of the delta that survived rounding"),
+        share_map(weights, "verified_retained", "Share of the delta found in the files"),
+    ]
+    shown = [chart for chart in found if chart][:1]
+    found = [
+        size_map(weights, "relative_norm", "Size of the delta against the weight", "||D|| / ||W||"),
+        size_map(weights, "noise", "Error of the codes against the delta", "||O - T|| / ||D||"),
+        size_map(
+            weights, "base_shift", "Shift of the base by four bits, against the delta", "||W - W16|| / ||D||"
+        ),
+    ]
+    shown += [chart for chart in found if chart]
     spread = [
         charts.Spread(name.removesuffix(".weight"), facts["before"], facts["after"])
         for name, facts in sorted(weights.items(), key=lambda item: -(item[1].get("relative_norm") or 0))
@@ -80,17 +80,37 @@ def weights_section(weights: Weights) -> Markup | None:
     if spread:
         caption = "Values before (grey) and after (blue): least to most, and one deviation about the mean"
         caption += "" if len(spread) < _MOST_SPREADS else f"; the {_MOST_SPREADS} weights that move most"
-        shown.append(
-            figure(caption, charts.drawn("spread", partial(charts.spreads, _short(spread), "value")))
-        )
+        shown.append(charts.Chart("spread", caption, partial(charts.spreads, _short(spread), "value")))
     if ulps := [w["ulps"] for w in weights.values() if w.get("ulps")]:
         counts = [sum(column) for column in zip(*ulps, strict=True)]
         caption = f"Distance from a float64 recomputation, {sum(counts):,} elements"
-        chart = partial(charts.histogram, _ULP_EDGES + _BEYOND, counts, "units in the last place", 10)
-        shown.append(figure(caption, charts.drawn("ulp", chart)))
-    return section(
-        "What the merge did to the weights", element("div", *shown, class_="charts"), _all(weights)
-    )
+        draw = partial(charts.histogram, counts, _ULP_TICKS, "units in the last place", 10)
+        shown.append(charts.Chart("ulp", caption, draw))
+    return shown
+
+
+def size_map(weights: Weights, key: str, what: str, label: str) -> charts.Chart | None:
+    """A map of sizes by layer and module, on a logarithmic scale."""
+    layers, modules, values = grid(weights, key)
+    if not any(v for row in values for v in row):
+        return None
+    draw = partial(charts.heat_map, layers, modules, values, label)
+    return charts.Chart(key, f"{what}, by layer and module: {_span(values)}", draw)
+
+
+def share_map(weights: Weights, key: str, what: str) -> charts.Chart | None:
+    """A map of shares by layer and module; the caption says from where to where they go."""
+    layers, modules, values = grid(weights, key)
+    if not modules:
+        return None
+    draw = partial(charts.shares, layers, modules, values, "1 = all of it")
+    return charts.Chart(key, f"{what}, by layer and module: {_span(values)}", draw)
+
+
+def _span(values: list[list[float | None]]) -> str:
+    flat = [v for row in values for v in row if v is not None]
+    least, most = f"{min(flat):.4g}", f"{max(flat):.4g}"
+    return least if least == most else f"{least} to {most}"
 
 
 def _short(spread: list[charts.Spread]) -> list[charts.Spread]:
@@ -102,13 +122,8 @@ def _short(spread: list[charts.Spread]) -> list[charts.Spread]:
     return [s._replace(name=".".join(n[same:])[-34:]) for s, n in zip(spread, names, strict=True)]
 
 
-def _all(weights: Weights) -> Markup:
-    keys = {
-        "retained": "retained",
-        "changed_fraction": "changed",
-        "relative_norm": "||D||/||W||",
-        "worst_ulp": "ulp",
-    }
+def every_weight(weights: Weights, keys: Mapping[str, str]) -> Markup:
+    """A table of all of them, folded; `keys` gives the figures that are shown and their heads."""
     keys = {key: head for key, head in keys.items() if any(w.get(key) is not None for w in weights.values())}
     rows = [
         (name, *("" if facts.get(key) is None else f"{facts[key]:.4g}" for key in keys))

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from pipeline.ground import charts
-from pipeline.ground.html import as_yaml
+from pipeline.ground.html_record import as_yaml
 from pipeline.ground.markup import Column, Markup, element, figure, page, section, table
 from pipeline.ground.report import Report, Status, retained
 from pipeline.ground.units import show_bytes, show_seconds

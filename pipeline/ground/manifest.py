@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Contents:
     adapters: Sequence[tuple[Origin, float]]  # with their weights
     trained_on: Any  # what the adapter says of its base
     inputs: Sequence[Digest]
+    num_base_files: int  # that are the first of them
     shards: Mapping[str, Sequence[str]]
     digests: Sequence[Digest]
     statistics: Mapping[str, Statistics]
@@ -70,11 +72,10 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
     hashed = [_hashed(folder, path) for path in beside]
     return {
         "format": 1,
-        "tool": {"lora-pipeline": own_version()},
-        "libraries": {name: found for name in _LIBRARIES if (found := library_version(name))},
+        **versions(),
         "base": asdict(contents.base),
         "adapters": [{**asdict(origin), "weight": weight} for origin, weight in contents.adapters],
-        "inputs": [asdict(digest) for digest in contents.inputs],
+        "inputs": owned(contents.inputs, contents.num_base_files, "adapter"),
         "outputs": [asdict(digest) for digest in (*contents.digests, *hashed)],
         "side_files": dict(contents.side_files),
         "weights": {
@@ -88,6 +89,14 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
             for w in contents.plan.weights
         },
     }
+
+
+def owned(inputs: Sequence[Digest], num_base_files: int, other: str) -> list[dict[str, Any]]:
+    """The input files, each with whose it is: the base's, which come first, or the other's."""
+    return [
+        {**asdict(digest), "of": "base" if number < num_base_files else other}
+        for number, digest in enumerate(inputs)
+    ]
 
 
 def _hashed(folder: Path, path: Path) -> Digest:
@@ -154,13 +163,28 @@ def _stored(plan: Plan) -> str:
 
 
 def write_json(path: Path, table: Mapping[str, Any]) -> None:
-    """A table as JSON, readable, ending in a newline."""
-    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    """A table as JSON, readable, ending in a newline; null for a number that is not finite."""
+    text = json.dumps(_finite(table), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", "utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def own_version() -> str:
     """The version of this package; "unknown" in a bare checkout."""
     return library_version("lora-pipeline") or "unknown"
+
+
+def versions() -> dict[str, dict[str, str]]:
+    """What made this: our own version, and those of the libraries that have a part in it."""
+    libraries = {name: found for name in _LIBRARIES if (found := library_version(name))}
+    return {"tool": {"lora-pipeline": own_version()}, "libraries": libraries}
 
 
 def library_version(name: str) -> str | None:

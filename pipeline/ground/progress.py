@@ -1,4 +1,7 @@
-"""A bar of bytes with speed and time to go, on stderr; a line now and then where that is no terminal."""
+"""A bar of bytes with speed and time to go, on stderr; a line now and then where that is no terminal.
+
+In a notebook rich draws the bar under the cell, where ipywidgets is there to draw it with.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,52 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
 from types import TracebackType
 
 from pipeline.ground.units import show_bytes, show_seconds
 
 _SECONDS_BETWEEN_LINES = 15.0
+_QUIET = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def quietly(quiet: bool = True) -> Iterator[None]:
+    """Within it nothing is shown: no progress, and no plan or report."""
+    token = _QUIET.set(quiet or is_quiet())
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
+
+def is_quiet() -> bool:
+    """Whether nothing is to be shown here."""
+    return _QUIET.get()
+
+
+def _draws() -> bool:
+    """Whether something that moves can be drawn: on a terminal, or in a notebook."""
+    if is_quiet():
+        return False
+    if "ipykernel" not in sys.modules or find_spec("ipywidgets") is None:
+        return sys.stderr.isatty()
+    from rich.console import Console
+
+    return Console().is_jupyter
 
 
 class Progress:
     """`with Progress("merging", total) as bar:` and `bar.advance(num_bytes)` as the work goes on."""
 
     def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done = title, total, 0
+        self.title, self.total, self.done, self.quiet = title, total, 0, is_quiet()
 
     def __enter__(self) -> Progress:
         self.begun = self.told = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if _draws():
             from rich import progress
             from rich.console import Console
 
@@ -46,7 +78,7 @@ class Progress:
             self._bar.advance(self._task, num_bytes)
             return
         now = time.monotonic()
-        if now - self.told >= _SECONDS_BETWEEN_LINES and self.done:
+        if not self.quiet and now - self.told >= _SECONDS_BETWEEN_LINES and self.done:
             self.told = now
             left = (now - self.begun) / self.done * (self.total - self.done)
             line = (
@@ -64,7 +96,7 @@ class Progress:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Says what goes on while nothing can be counted; on something that is no terminal, nothing."""
-    if not sys.stderr.isatty():
+    if not _draws():
         yield
         return
     from rich.console import Console

@@ -6,9 +6,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.codes.encoders.encoder import Encoder, Part
+from pipeline.ground.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.ground.charts import Plot
+
+FORMAT = 1  # of report.json, as report.schema.json describes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,15 @@ class Gate:
     wanted: str
 
 
-@dataclass(frozen=True)
+class Rejected(PipelineError):  # noqa: N818  it reads like what happened
+    """Verification refused the result; its report says more."""
+
+    def __init__(self, sentence: str, report: Report) -> None:
+        super().__init__(sentence)
+        self.report = report
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
     """The result of a run. `passed` decides whether the output is published."""
 
@@ -144,16 +159,53 @@ class Report:
     save: Mapping[str, Any] = field(default_factory=dict)  # seconds, peak memory, bytes
     manifest: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0  # that verification took
+    stages: Mapping[str, str] = field(default_factory=dict)  # slot: the stage that filled it
+    request: Mapping[str, Any] = field(default_factory=dict)  # as it may be published
+    versions: Mapping[str, str] = field(default_factory=dict)  # of this tool and the libraries
+    stands_at: Path | None = None  # the folder of the result, on this machine
 
     @property
     def passed(self) -> bool:
         return all(gate.status is not Status.failed for gate in self.gates)
 
+    def require(self) -> Report:
+        """This report, if verification passed; else raises Rejected."""
+        failed = next((gate for gate in self.gates if gate.status is Status.failed), None)
+        if failed is None:
+            return self
+        cause = f"; likely cause: {self.causes[0]}" if self.causes else ""
+        aside = self.stands_at and self.stands_at.name.endswith(".rejected")
+        kept = f"; the output is kept in {self.stands_at}" if aside else ""
+        seen = f"{failed.name}: {failed.seen}, wanted {failed.wanted}"
+        raise Rejected(f"verification refused the result: {seen}{cause}{kept}", self)
+
+    @property
+    def plots(self) -> dict[str, Plot]:
+        """The charts of the page by their names; each shows itself in a notebook, `str(plot)` is its SVG."""
+        from pipeline.ground.html import plots
+
+        return plots(self)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that its style and the notebook's do not meet."""
+        from pipeline.ground.html import report_frame
+
+        return report_frame(self)
+
+    def __repr__(self) -> str:
+        number = sum(gate.status is Status.passed for gate in self.gates)
+        verdict = "passed" if self.passed else "refused"
+        return f"<Report: {verdict}, {number} of {len(self.gates)} gates passed; {self.stands_at}>"
+
     def as_dict(self) -> dict[str, Any]:
         """For report.json: paths as the user gave them, no machine's own paths."""
         plan = self.plan
         return {
+            "format": FORMAT,
             "passed": self.passed,
+            "stages": dict(self.stages),
+            "request": dict(self.request),
+            "versions": dict(self.versions),
             "base": plan.base,
             "adapter": plan.adapter,
             "dtype": plan.dtype,
@@ -168,10 +220,32 @@ class Report:
             **({"extraction": self.extraction} if self.extraction else {}),
             "answers": self.answers,
             "counts": {action.name: n for action, n in plan.count().items()},
+            "origins": origins(self.manifest),
+            "inputs": digests(self.manifest.get("inputs")),
+            "outputs": digests(self.manifest.get("outputs")),
             "save": dict(self.save),
             "verify_seconds": self.seconds,
             "weights": {name: dict(facts) for name, facts in self.weights.items()},
         }
+
+
+def digests(value: Any) -> list[Mapping[str, Any]]:
+    """Files with their hashes as a manifest lists them; one that somebody else wrote may hold anything."""
+    wanted = {"name": str, "num_bytes": int, "sha256": str}
+    tables = [v for v in value if isinstance(v, Mapping)] if isinstance(value, list) else []
+    return [t for t in tables if all(isinstance(t.get(key), kind) for key, kind in wanted.items())]
+
+
+def origins(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Base, fine-tune and adapters as a manifest names them: whose, name, repo, commit, weight."""
+    adapters = manifest.get("adapters")
+    told = [("base", manifest.get("base")), ("finetune", manifest.get("finetune"))]
+    told += [("adapter", found) for found in (adapters if isinstance(adapters, list) else [])]
+    return [
+        {"of": of, **facts}
+        for of, facts in told
+        if isinstance(facts, Mapping) and isinstance(facts.get("name"), str)
+    ]
 
 
 def unique(*findings: Sequence[Finding]) -> list[Finding]:

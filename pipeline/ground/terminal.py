@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec
 
+from pipeline.ground.progress import is_quiet
 from pipeline.ground.report import Action, AdapterContents, Plan, Report, Status, retained, unique
 from pipeline.ground.units import show_bytes, show_seconds
 
@@ -20,10 +21,10 @@ P = ParamSpec("P")
 
 
 def console() -> Console:
-    """Standard output; plain text where it is no terminal."""
+    """Standard output; plain text where it is no terminal, and nowhere where nothing is to be shown."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, quiet=is_quiet())
 
 
 def _while_someone_listens(show: Callable[P, None]) -> Callable[P, None]:

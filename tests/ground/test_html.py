@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.ground import charts, markup
-from pipeline.ground.html import as_yaml, report_page
+from pipeline.ground.html import report_page
+from pipeline.ground.html_record import as_yaml
 from pipeline.ground.html_weights import grid, place
 from pipeline.ground.report import Action, Finding, Gate, Plan, PlannedWeight, Report, Status
 from tests.browser import opened
@@ -60,12 +61,14 @@ def report(status: Status = Status.passed, extra: str = "") -> Report:
         manifest={
             "base": origin,
             "adapters": [{**origin, "weight": 1.0}],
-            "tool": {"lora-pipeline": "0.1"},
-            "libraries": {"torch": "2.13"},
-            "inputs": [file],
+            "inputs": [{**file, "of": "base"}],
             "outputs": [file],
         },
         seconds=2.0,
+        stages={"merge": "exact"},
+        request={"merge": {"weight": 1.0}, f"names{extra}": {"from": f"to{extra}"}},
+        versions={"lora-pipeline": "0.1", "torch": "2.13"},
+        stands_at=Path("out"),
     )
 
 
@@ -88,7 +91,7 @@ class Reading(HTMLParser):
 
 
 def test_the_page_shows_verdict_charts_answers_hashes_recipe_and_versions() -> None:
-    page = Reading(report_page(report(), {"merge": {"weight": 1.0}, "merge_dtype": "float32"}))
+    page = Reading(report_page(report()))
     assert page.text.index("adapter merged into base") < page.text.index("Gates")
     for shown in ("Verified", "0.002", SHA, "weight: 1.0", "2.13", "something to know", "why?", "arr"):
         assert shown in page.text
@@ -96,20 +99,20 @@ def test_the_page_shows_verdict_charts_answers_hashes_recipe_and_versions() -> N
 
 
 def test_the_page_needs_no_other_file_and_runs_nothing() -> None:
-    page = Reading(report_page(report(), {}))
+    page = Reading(report_page(report()))
     assert not {"script", "link", "iframe", "object", "form", "a"} & set(page.tags)
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
 
 
 def test_a_refused_merge_says_why_before_anything_else() -> None:
-    page = Reading(report_page(report(Status.failed), {}))
+    page = Reading(report_page(report(Status.failed)))
     assert page.text.index("Refused") < page.text.index("worst 0.5; wanted half a unit")
     assert page.text.index("worst 0.5; wanted half a unit") < page.text.index("Gates")
 
 
 def test_no_text_of_models_and_adapters_becomes_markup() -> None:
-    shown = report_page(report(extra=EVIL), {f"names{EVIL}": {"from": EVIL}})
-    page, plain = Reading(shown), Reading(report_page(report(), {"names": {"from": "x"}}))
+    shown = report_page(report(extra=EVIL))
+    page, plain = Reading(shown), Reading(report_page(report()))
     assert "script" not in page.tags
     assert [t for t in page.tags if t != "path"].count("svg") == plain.tags.count("svg")
     assert set(page.tags) <= set(plain.tags)
@@ -121,15 +124,15 @@ def test_a_manifest_that_somebody_else_wrote_breaks_no_page() -> None:
     from dataclasses import replace
 
     for manifest in ({"inputs": "x", "base": [], "adapters": {}}, {"outputs": [1, {}], "tool": 3}):
-        assert "<h1>" in report_page(replace(report(), manifest=manifest), {})
+        assert "<h1>" in report_page(replace(report(), manifest=manifest))
 
 
 def test_what_cannot_be_drawn_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> str:
         raise RuntimeError
 
-    monkeypatch.setattr(charts, "heat_map", broken)
-    assert Reading(report_page(report(), {})).text.count("this chart could not be drawn") == 2
+    monkeypatch.setattr(charts, "_cells", broken)
+    assert Reading(report_page(report())).text.count("this chart could not be drawn") == 2
 
 
 def test_experts_of_a_layer_are_one_cell_which_shows_the_least() -> None:
@@ -165,7 +168,7 @@ def test_a_browser_shows_verdict_and_charts_without_network_or_errors(
     tmp_path: Path, width: int, dark: bool
 ) -> None:
     page = tmp_path / "report.html"
-    page.write_text(report_page(report(extra=EVIL), {}), "utf-8")
+    page.write_text(report_page(report(extra=EVIL)), "utf-8")
     found, console = opened(page, width, dark)
     assert console == []
     assert found["across"] <= width

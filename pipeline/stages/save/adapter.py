@@ -16,7 +16,7 @@ from pipeline.ground.digests import Digest, Digests, sha256
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import File
 from pipeline.ground.hub import is_hub_id
-from pipeline.ground.manifest import own_version, peak_memory, published
+from pipeline.ground.manifest import own_version, owned, peak_memory, published, versions
 from pipeline.ground.report import Action, Plan, PlannedWeight, unique
 from pipeline.ground.sidefiles import Group, SideFile, write_side_files
 from pipeline.ground.units import show_bytes
@@ -69,10 +69,10 @@ class SaveAdapter(Save):
         base, tuned = published(merged.origin), published(part.extraction.tuned.origin)
         manifest = {
             "format": 1,
-            "tool": {"lora-pipeline": own_version()},
+            **versions(),
             "base": asdict(base),
             "finetune": asdict(tuned),
-            "inputs": [asdict(digest) for digest in hashed],
+            "inputs": owned(hashed, len(merged.files), "finetune"),
             "outputs": [asdict(_hashed(path, folder)) for path in written],
             "side_files": side_files,
             "extraction": {name: dict(facts) for name, facts in part.extraction.facts.items()},

@@ -111,6 +111,7 @@ class SaveMerged(Save):
                 adapters=[(published(p.origin), p.weight) for p in adapter.parts],
                 trained_on=adapter.parts[0].config.get("base_model_name_or_path"),
                 inputs=hashed,
+                num_base_files=len(merged.files),
                 shards={shard.name: [slot.name for slot in shard.slots] for shard in shards},
                 num_bytes=sum(written.num_bytes.values()),
                 digests=written.digests,
