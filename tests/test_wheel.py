@@ -77,6 +77,15 @@ def test_a_recipe_runs_from_the_wheel_in_an_empty_directory(target: Path, tmp_pa
     assert str(CHECKOUT) not in said.stdout + said.stderr
 
 
+def test_a_program_runs_it_from_the_wheel(target: Path, tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    request = {"base_model": "base", "adapter": "adapter", "output": "out", "verify": "structure"}
+    code = f"import pipeline; r = pipeline.run({request}, quiet=True); print(r.passed, len(r._repr_html_()) > 9999)"
+    said = installed(target, "-c", code, cwd=tmp_path)
+    assert said.stdout == "True True\n", said
+
+
 def test_the_recipes_are_found_from_the_wheel(target: Path, tmp_path: Path) -> None:
     ours = {p.stem for p in (CHECKOUT / "recipes").glob("*.yaml")}
     listed = installed(target, "-m", "pipeline", "--help", cwd=tmp_path)
