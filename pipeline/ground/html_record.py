@@ -16,7 +16,7 @@ File = Mapping[str, Any]
 
 def sources_section(report: Report) -> Markup:
     """What went in and what came out, each by its name, its commit and the hashes of its files."""
-    plan, inputs = report.plan, digests(report.manifest.get("inputs"))
+    plan, inputs = report.plan, digests(report.manifest.get("inputs"), owned=True)
     told = origins(report.manifest) or [
         {"of": "base", "name": plan.base},
         {"of": "adapter", "name": plan.adapter},
@@ -25,7 +25,7 @@ def sources_section(report: Report) -> Markup:
     rows = []
     for role, label in _ROLES.items():
         names = [_origin(origin) for origin in told if origin["of"] == role]
-        files = [file for file in inputs if file.get("of") == role]
+        files = [file for file in inputs if file["of"] == role]
         if role == "output":
             names, files = [plan.output], outputs
         if names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -221,7 +222,7 @@ class Report:
             "answers": self.answers,
             "counts": {action.name: n for action, n in plan.count().items()},
             "origins": origins(self.manifest),
-            "inputs": digests(self.manifest.get("inputs")),
+            "inputs": digests(self.manifest.get("inputs"), owned=True),
             "outputs": digests(self.manifest.get("outputs")),
             "save": dict(self.save),
             "verify_seconds": self.seconds,
@@ -229,23 +230,42 @@ class Report:
         }
 
 
-def digests(value: Any) -> list[Mapping[str, Any]]:
-    """Files with their hashes as a manifest lists them; one that somebody else wrote may hold anything."""
-    wanted = {"name": str, "num_bytes": int, "sha256": str}
-    tables = [v for v in value if isinstance(v, Mapping)] if isinstance(value, list) else []
-    return [t for t in tables if all(isinstance(t.get(key), kind) for key, kind in wanted.items())]
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ROLES = ("base", "finetune", "adapter")
 
 
-def origins(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Base, fine-tune and adapters as a manifest names them: whose, name, repo, commit, weight."""
-    adapters = manifest.get("adapters")
-    told = [("base", manifest.get("base")), ("finetune", manifest.get("finetune"))]
-    told += [("adapter", found) for found in (adapters if isinstance(adapters, list) else [])]
-    return [
-        {"of": of, **facts}
-        for of, facts in told
-        if isinstance(facts, Mapping) and isinstance(facts.get("name"), str)
-    ]
+def digests(files: Any, owned: bool = False) -> list[dict[str, Any]]:
+    """Files with their hashes as a manifest lists them, and whose each is if they are `owned`.
+
+    What is no such thing is left out: a manifest that somebody else wrote may hold anything.
+    """
+    found = []
+    for file in _tables(files):
+        name, size, sha256, of = (file.get(key) for key in ("name", "num_bytes", "sha256", "of"))
+        hashed = isinstance(sha256, str) and _SHA256.fullmatch(sha256)
+        if isinstance(name, str) and isinstance(size, int) and hashed and (of in _ROLES or not owned):
+            told = {"name": name, "num_bytes": size, "sha256": sha256}
+            inherited = {"inherited": file.get("inherited") is True}
+            found.append(told | inherited | ({"of": of} if owned else {}))
+    return found
+
+
+def origins(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Base, fine-tune and adapters as a manifest names them: whose, name, repo, commit, and their weights."""
+    told = [(of, facts) for of in _ROLES[:2] for facts in _tables([manifest.get(of)])]
+    told += [("adapter", facts) for facts in _tables(manifest.get("adapters"))]
+    found = []
+    for of, facts in told:
+        name, weight = facts.get("name"), facts.get("weight")
+        texts = {key: v if isinstance(v := facts.get(key), str) else None for key in ("repo", "commit")}
+        weighed = {"weight": float(weight)} if isinstance(weight, int | float) else {}
+        if isinstance(name, str):
+            found.append({"of": of, "name": name, **texts, **weighed})
+    return found
+
+
+def _tables(value: Any) -> list[Mapping[str, Any]]:
+    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, list) else []
 
 
 def unique(*findings: Sequence[Finding]) -> list[Finding]:
