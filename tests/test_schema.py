@@ -27,6 +27,7 @@ SCHEMAS = {
 }
 MERGE: dict[str, Any] = {"base_model": "base", "adapter": "adapter"}
 FILES = {"verify.tokens": 0}
+REPORTS = ("merge.json", "report.json", "report.html")
 Node = dict[str, Any]
 
 
@@ -67,17 +68,32 @@ def make() -> None:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each run has told, by the kind of file and its path."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("told")
     with chdir(folder), mock.patch.object(charts, "drawn", lambda name, draw: "<svg ></svg>"):
         make()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(made: Path) -> dict[str, dict[str, Any]]:
+    """What each run has told, by the kind of file and its path."""
+    folder = made
     reports = [*folder.rglob("report.json"), folder / "seen.json", folder / "broken.json"]
     found = {"report": reports, "merge": list(folder.rglob("merge.json"))}
     return {
         kind: {str(path.relative_to(folder)): strictly(path) for path in paths}
         for kind, paths in found.items()
     }
+
+
+def test_what_a_manifest_lists_is_there(told: dict[str, dict[str, Any]], made: Path) -> None:
+    for path, manifest in told["merge"].items():
+        folder = (made / path).parent
+        listed = {file["name"]: file["num_bytes"] for file in manifest["outputs"]}
+        there = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        assert listed == {n: size for n, size in there.items() if n not in REPORTS}, path
+        assert {"base"} < {file["of"] for file in manifest["inputs"]}, path
 
 
 def strictly(path: Path) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from io import StringIO
 from math import ceil, isfinite, log10
@@ -59,7 +59,7 @@ class Plot:
     """A drawn chart: it shows itself in a notebook, and `str(plot)` is an SVG file."""
 
     caption: str
-    svg: str
+    svg: str = field(repr=False)
 
     def _repr_html_(self) -> str:
         pale = "color-mix(in srgb, currentColor {}%, transparent)"

@@ -48,10 +48,11 @@ class Contents:
     adapters: Sequence[tuple[Origin, float]]  # with their weights
     trained_on: Any  # what the adapter says of its base
     inputs: Sequence[Digest]
-    num_base_files: int  # that are the first of them
+    owners: Sequence[str]  # of each: base, adapter or finetune
     shards: Mapping[str, Sequence[str]]
     digests: Sequence[Digest]
     statistics: Mapping[str, Statistics]
+    finetune: Origin | None = None  # where the adapter was extracted from one
     num_bytes: int | None = None  # of all tensors as they were written; default: as they were planned
 
 
@@ -68,14 +69,16 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
         (folder / INDEX).write_text(index_text(weight_map, size, plan.num_parameters), "utf-8")
     (folder / "config.json").write_bytes(contents.config.encode())
     shards = {digest.name: digest for digest in contents.digests}
-    beside = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in shards and p.name[0] != ".")
+    beside = sorted(p for p in folder.rglob("*") if p.is_file() and not is_hidden(p, folder))
+    beside = [path for path in beside if path.name not in shards]
     hashed = [_hashed(folder, path) for path in beside]
     return {
         "format": 1,
         **versions(),
         "base": asdict(contents.base),
         "adapters": [{**asdict(origin), "weight": weight} for origin, weight in contents.adapters],
-        "inputs": owned(contents.inputs, contents.num_base_files, "adapter"),
+        **({"finetune": asdict(contents.finetune)} if contents.finetune else {}),
+        "inputs": owned(contents.inputs, contents.owners),
         "outputs": [asdict(digest) for digest in (*contents.digests, *hashed)],
         "side_files": dict(contents.side_files),
         "weights": {
@@ -91,12 +94,14 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
     }
 
 
-def owned(inputs: Sequence[Digest], num_base_files: int, other: str) -> list[dict[str, Any]]:
-    """The input files, each with whose it is: the base's, which come first, or the other's."""
-    return [
-        {**asdict(digest), "of": "base" if number < num_base_files else other}
-        for number, digest in enumerate(inputs)
-    ]
+def owned(inputs: Sequence[Digest], owners: Sequence[str]) -> list[dict[str, Any]]:
+    """The input files, each with whose it is."""
+    return [{**asdict(digest), "of": of} for digest, of in zip(inputs, owners, strict=True)]
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether it is no part of the output: a mark of the run, or what it keeps for a while."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _hashed(folder: Path, path: Path) -> Digest:

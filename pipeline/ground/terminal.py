@@ -24,7 +24,7 @@ def console() -> Console:
     """Standard output; plain text where it is no terminal, and nowhere where nothing is to be shown."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True, quiet=is_quiet())
+    return Console(highlight=False, soft_wrap=True, quiet=is_quiet(), force_jupyter=False)
 
 
 def _while_someone_listens(show: Callable[P, None]) -> Callable[P, None]:

@@ -16,7 +16,7 @@ from pipeline.ground.digests import Digest, Digests, sha256
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import File
 from pipeline.ground.hub import is_hub_id
-from pipeline.ground.manifest import own_version, owned, peak_memory, published, versions
+from pipeline.ground.manifest import is_hidden, own_version, owned, peak_memory, published, versions
 from pipeline.ground.report import Action, Plan, PlannedWeight, unique
 from pipeline.ground.sidefiles import Group, SideFile, write_side_files
 from pipeline.ground.units import show_bytes
@@ -64,15 +64,16 @@ class SaveAdapter(Save):
                 _take(part.origin.folder / name, folder / name)
             side_files = write_side_files(folder, _tokenizer(part.side_files))
             hashed = inputs.result()
+        owners = ["base" for _ in merged.files] + ["finetune" for _ in part.extraction.tuned.files]
         (folder / "README.md").write_text(_card(plan, part), "utf-8")
-        written = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _hidden(p, folder)]
+        written = [p for p in sorted(folder.rglob("*")) if p.is_file() and not is_hidden(p, folder)]
         base, tuned = published(merged.origin), published(part.extraction.tuned.origin)
         manifest = {
             "format": 1,
             **versions(),
             "base": asdict(base),
             "finetune": asdict(tuned),
-            "inputs": owned(hashed, len(merged.files), "finetune"),
+            "inputs": owned(hashed, owners),
             "outputs": [asdict(_hashed(path, folder)) for path in written],
             "side_files": side_files,
             "extraction": {name: dict(facts) for name, facts in part.extraction.facts.items()},
@@ -123,10 +124,6 @@ def _take(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _hashed(path: Path, folder: Path) -> Digest:

@@ -12,6 +12,7 @@ from pipeline.ground import dtypes, hub, workplace
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.digests import Digests
 from pipeline.ground.errors import PipelineError, Refused
+from pipeline.ground.files import File
 from pipeline.ground.manifest import Contents, peak_memory, published, write_beside
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Plan
@@ -101,6 +102,7 @@ class SaveMerged(Save):
             _refuse_broken(written, plan.dtype)
             hashed = inputs.result()
         seconds = time.monotonic() - begun
+        tuned = [part.extraction.tuned for part in adapter.parts if part.extraction]
         manifest = write_beside(
             folder,
             Contents(
@@ -111,7 +113,8 @@ class SaveMerged(Save):
                 adapters=[(published(p.origin), p.weight) for p in adapter.parts],
                 trained_on=adapter.parts[0].config.get("base_model_name_or_path"),
                 inputs=hashed,
-                num_base_files=len(merged.files),
+                owners=["base" for _ in merged.files] + [_owner(file, tuned) for file in adapter.files],
+                finetune=published(tuned[0].origin) if tuned else None,
                 shards={shard.name: [slot.name for slot in shard.slots] for shard in shards},
                 num_bytes=sum(written.num_bytes.values()),
                 digests=written.digests,
@@ -163,6 +166,11 @@ class SaveMerged(Save):
 def tokenizer_of(adapter: Adapter) -> tuple[SideFile, ...]:
     """The side files of the first adapter that brings a tokenizer."""
     return next((p.side_files for p in adapter.parts if brings_tokenizer(p.side_files)), ())
+
+
+def _owner(file: File, tuned: list[Checkpoint[Weight]]) -> str:
+    """Whose a file is that the adapter brings: its own, or that of the fine-tune it was extracted from."""
+    return "finetune" if any(file in checkpoint.files for checkpoint in tuned) else "adapter"
 
 
 def known_digests(*origins: hub.Source) -> dict[Path, str]:
