@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -120,9 +122,69 @@ def test_no_text_of_models_and_adapters_becomes_markup() -> None:
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
 
 
-def test_a_manifest_that_somebody_else_wrote_breaks_no_page() -> None:
-    from dataclasses import replace
+def test_what_went_in_stands_before_the_gates_with_its_hashes() -> None:
+    page = Reading(report_page(report())).text
+    assert page.index("What went in") < page.index(SHA) < page.index("Gates")
+    assert "org/base at 0123abc" in Reading(report_page(of_the_hub())).text
 
+
+def of_the_hub() -> Report:
+    base = {"name": "base", "repo": "org/base", "commit": "0123abc"}
+    return replace(report(), manifest={**report().manifest, "base": base})
+
+
+def test_an_extraction_shows_what_is_held_and_is_called_one() -> None:
+    weights = tuple(replace(w, action=Action.extracted) for w in report().plan.weights)
+    held = {"rank": 4, "residual": 0.1, "noise_share": 0.0, "largest": 1.0, "noise_edge": 0.1, "energy": 2.0}
+    logits = {
+        "kl_finetune_extracted": 1e-5,
+        "kl_finetune_base": 1e-2,
+        "ratio": 0.001,
+        "ratio_interval": [0.0009, 0.0011],
+        "top1_agreement": 0.975,
+        "tokens": 512,
+    }
+    facts = {w.name: {**held, "captured": 0.9, "rank": 4 + n % 2} for n, w in enumerate(weights)}
+    made = replace(
+        report(),
+        plan=replace(report().plan, weights=weights),
+        weights={},
+        logits=None,
+        extraction={"weights": facts, "logits": logits},
+    )
+    page = Reading(report_page(made))
+    assert "adapter as an adapter for base" in page.text
+    assert "merged into" not in page.text
+    for shown in ("of the difference is held90.00%", "97.50%", "What the adapter holds of the fine-tune"):
+        assert shown in page.text
+    assert page.tags.count("svg") == 3  # held, size, ranks
+    assert list(made.plots) == ["captured", "energy", "rank"]
+
+
+def test_twice_the_delta_does_not_look_like_all_of_it() -> None:
+    def cells(value: float) -> set[str]:
+        drawing = charts.drawn("x", partial(charts.shares, ["0"], ["q"], [[value]], "")) or ""
+        [mesh] = re.findall(r'<g id="x-QuadMesh_1">(.*?)</g>', drawing, re.DOTALL)
+        return set(re.findall(r"fill: (#\w+)", mesh))
+
+    assert cells(1.0) == cells(1.01) == {"#fde725"}
+    reddest, [twice] = (0x80, 0x00, 0x26), cells(2.0)
+    assert tuple(bytes.fromhex(twice[1:])) == reddest
+    assert cells(0.0) == {"#440154"}
+
+
+def test_the_caption_says_from_where_to_where_shares_go() -> None:
+    assert "by layer and module: 0.9 to 0.95" in Reading(report_page(report())).text
+
+
+def test_points_that_cover_each_other_share_a_label() -> None:
+    named = [("a", 1.0, 0.1), ("b", 1.0, 0.1), ("c", 2.0, 0.2)]
+    shown = charts.drawn("x", partial(charts.points, named, "", "")) or ""
+    assert ">1, 2</text>" in shown
+    assert ">3</text>" in shown
+
+
+def test_a_manifest_that_somebody_else_wrote_breaks_no_page() -> None:
     for manifest in ({"inputs": "x", "base": [], "adapters": {}}, {"outputs": [1, {}], "tool": 3}):
         assert "<h1>" in report_page(replace(report(), manifest=manifest))
 
@@ -160,6 +222,10 @@ def test_control_characters_are_shown_as_escapes() -> None:
 
 def test_a_recipe_is_written_as_people_write_it() -> None:
     assert as_yaml({"merge": {"weight": 1.0}, "rank": 8}) == "merge:\n  weight: 1.0\nrank: 8"
+    several = {"adapter": [{"path": "a", "weight": 0.5}, "b"], "extract": {"rslora": False, "initial": None}}
+    assert (
+        as_yaml(several) == "adapter: [{path: a, weight: 0.5}, b]\nextract:\n  rslora: false\n  initial: null"
+    )
 
 
 @pytest.mark.parametrize("width", [390, 1200])
