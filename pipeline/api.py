@@ -76,7 +76,7 @@ def _composed(asked: Asked, keys: Mapping[str, Any], quiet: bool) -> Iterator[Di
             known = understood(error, lambda key: str(choices.get(key, "")))
             if known is None or known is error:
                 raise
-            raise known from error
+            raise known from (None if isinstance(known, Refused) else error)  # the sentences say it all
 
 
 def _sorted_out(*tables: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
