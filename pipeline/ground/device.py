@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 
 from pipeline.ground.errors import Refused
@@ -31,3 +32,14 @@ def resolve_device(device: str) -> str:
     if torch.backends.mps.is_available():
         return "cpu"  # half of the dtypes here are unknown to mps; it must be asked for
     return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cpu"
+
+
+def hardware(device: str) -> str:
+    """What of the hardware may decide a bit: the kind of processor, not which of several."""
+    import torch
+
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    found = getattr(torch, kind)
+    return f"{kind} {found.get_device_name(device) if hasattr(found, 'get_device_name') else ''}"

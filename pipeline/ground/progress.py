@@ -61,6 +61,11 @@ class Progress:
             self._bar.stop()
 
 
+def note(text: str) -> None:
+    """A line between the others on stderr."""
+    sys.stderr.write(f"note: {text}\n")
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Says what goes on while nothing can be counted; on something that is no terminal, nothing."""

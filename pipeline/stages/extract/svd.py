@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.dequantizing import dense
 from pipeline.extraction.choice import Chosen, Rest, choose, without_place
 from pipeline.extraction.decomposing import Rule, bytes_needed, decompose, workers_for
 from pipeline.extraction.differences import Change, compare
+from pipeline.extraction.identity import key, surroundings
 from pipeline.extraction.pairs import Pair, paired
 from pipeline.extraction.parameters import Parameter, parameters
 from pipeline.extraction.result import Extraction, facts, most_bytes, planned, ranks
@@ -32,8 +33,9 @@ from pipeline.ground.logits import memory_free
 from pipeline.ground.lowrank import Method
 from pipeline.ground.manifest import published
 from pipeline.ground.model_modules import Model, in_memory
+from pipeline.ground.progress import note
 from pipeline.ground.report import Finding
-from pipeline.ground.spool import Spool
+from pipeline.ground.spool import Spool, told
 from pipeline.loading import load_checkpoint
 from pipeline.merging import merged
 from pipeline.pieces import FromAdapter, Merged
@@ -48,6 +50,8 @@ from pipeline.weight import Adapter, Checkpoint, Part, Weight
 @dataclass(frozen=True, kw_only=True)
 class Svd(Extract):
     """Compares base and fine-tune, then decomposes one difference after the other."""
+
+    resumes: ClassVar[bool] = True
 
     base_model: str
     """folder, GGUF file or hub id of the base checkpoint"""
@@ -90,9 +94,13 @@ class Svd(Extract):
     def __call__(self) -> Adapter:
         begun = time.monotonic()
         chosen, rule, dtype = self._chosen, self._rule, self.factors.value
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        with Spool(self._folder.parent / "factors") as spool:
-            found = decompose(chosen.lora, rule, resolve_device(self.device), self._workers, spool)
+        keys, compared = self._keys, self._compared
+        with Spool(workplace.standing(self.output), (*keys, compared)) as spool:
+            if spool.num_removed:
+                note(f"what an earlier run left for other inputs or settings is removed: {spool.folder}")
+            if spool.told(compared) is None:
+                spool.finish(compared, {name: astuple(c) for name, c in (self._changes or {}).items()})
+            found = decompose(chosen.lora, rule, resolve_device(self.device), self._workers, spool, keys)
             kept = ranks(chosen, rule, dtype, found)
             content = Content([(p, r) for p, r in zip(chosen.lora, kept, strict=True) if r], chosen)
             if not content.lora:
@@ -154,8 +162,26 @@ class Svd(Extract):
 
     @cached_property
     def _changes(self) -> dict[str, Change] | None:
-        """The comparing pass; a dry run reads no weight."""
-        return None if self.dry_run else dict(compare(self._pairs, resolve_device(self.device)))
+        """The comparing pass, or what an earlier run saw; a dry run reads no weight."""
+        if self.dry_run:
+            return None
+        if seen := told(workplace.standing(self.output) / self._compared):
+            return {name: Change(*change) for name, change in seen.items()}
+        return dict(compare(self._pairs, resolve_device(self.device)))
+
+    @cached_property
+    def _inputs(self) -> str:
+        return surroundings((*self._base.files, *self._tuned.files), resolve_device(self.device))
+
+    @cached_property
+    def _compared(self) -> str:
+        """The key of what the comparing pass sees."""
+        return key(self._inputs, *self._pairs)
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        """The keys of all matrices of each parameter of low rank, decomposed."""
+        return [key(self._inputs, p, self._rule.asks(p)) for p in self._chosen.lora]
 
     @cached_property
     def _model(self) -> Model | None:
