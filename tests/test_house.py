@@ -43,6 +43,7 @@ CONTRACT = {
     "place",
     "quantizing",
     "recomputing",
+    "settings",
     "simulated",
     "stage",
     "storing",

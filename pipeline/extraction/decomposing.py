@@ -51,17 +51,23 @@ class Rule:
     multiple_of: int = 1
     method: Method = Method.auto
     seed: int = 0
+    menu: Sequence[int] = ()  # of ranks; a number that holds for all modules is rounded up to one of them
 
     def most(self, parameter: Parameter) -> int:
         """The largest rank that this parameter may get."""
-        smaller = min(parameter.matrix)
+        smaller = min(*parameter.matrix, *self.menu[-1:])
         most = min(smaller, self.max_rank) if self.max_rank else smaller
         fixed = self.fixed(parameter)
         if fixed is not None:
-            return fitted(fixed, most, self.multiple_of)
+            main = self.rounded_up(fixed) if fixed == self.rank else fixed
+            return fitted(main, most, self.multiple_of)
         if isinstance(self.rank, Budget) and self.max_rank is None:
             return min(most, BUDGET_MOST)
         return most
+
+    def rounded_up(self, rank: int) -> int:
+        """The rank of the menu that holds it, if max_rank allows that."""
+        return next((n for n in self.menu if rank <= n <= (self.max_rank or n)), rank)
 
     def fixed(self, parameter: Parameter) -> int | None:
         """The rank that the recipe gives it as a number."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from pipeline.dequantizing import dense
 from pipeline.extraction.choice import Chosen, Rest, choose, without_place
 from pipeline.extraction.decomposing import Rule, bytes_needed, decompose, workers_for
 from pipeline.extraction.differences import Change, compare
+from pipeline.extraction.engines import Engine, check_for, fitted, menu_of, scaled
 from pipeline.extraction.identity import key, surroundings
 from pipeline.extraction.pairs import Pair, paired
 from pipeline.extraction.parameters import Parameter, parameters
@@ -39,6 +40,7 @@ from pipeline.ground.spool import Spool, told
 from pipeline.loading import load_checkpoint
 from pipeline.merging import merged
 from pipeline.pieces import FromAdapter, Merged
+from pipeline.settings import set_as
 from pipeline.stage import Extract, stage
 from pipeline.stages.extract.peft import Peft
 from pipeline.stream import num_workers
@@ -76,6 +78,8 @@ class Svd(Extract):
     """dtype of lora_A and lora_B"""
     rslora: bool = False
     """scale by alpha / sqrt(rank) instead of alpha / rank"""
+    engine: Engine = field(default=Engine.peft, metadata=set_as("save", "for_"))
+    """what is to load the adapter; only what that takes is extracted"""
 
     def check(self) -> None:
         check_device(self.device)
@@ -83,12 +87,19 @@ class Svd(Extract):
             raise Refused("rank: is not set; give a number, auto, {energy: 0.95} or {parameters: 40M}")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise Refused(f"alpha: {self.alpha} is not a number above 0")
+        check_for(
+            self.engine,
+            ranks=[self.rank, *self.rank_pattern.values()],
+            alpha_pattern=self.alpha_pattern,
+            rslora=self.rslora,
+            saved=self.saved_modules,
+        )
 
     def plan(self) -> Adapter:
         chosen = self._chosen
         lora = [(p, self._rule.most(p)) for p in chosen.lora]
         extraction = self._extraction(chosen)
-        settings = config(Content(lora, chosen), self._layout, copies=False)
+        settings = config(Content(lora, chosen), self._scaled(rank for _, rank in lora), copies=False)
         return Adapter((self._part(planned(chosen, self._rule), settings, extraction),))
 
     def __call__(self) -> Adapter:
@@ -106,7 +117,7 @@ class Svd(Extract):
             if not content.lora:
                 raise Refused("rank: no difference rises above the rounding noise of the fine-tune")
             by_name = {p.name: d for p, d in zip(chosen.lora, found, strict=True)}
-            write(self._folder, content, self._layout, by_name, spool)
+            write(self._folder, content, self._scaled(kept), by_name, spool)
         figures = {p.name: facts(p, r, by_name[p.name]) for p, r in zip(chosen.lora, kept, strict=True)}
         without = [p.name for p, r in zip(chosen.lora, kept, strict=True) if not r]
         if without:
@@ -125,7 +136,7 @@ class Svd(Extract):
             origin=Source(self._folder, self.finetune or self._folder.name),
             files=(*own, *self._tuned.files),
             side_files=() if self._tuned is self._base else self._tuned.side_files,
-            findings=(*extraction.chosen.findings, *self._strangers),
+            findings=(*extraction.chosen.findings, *self._strangers, *self._rounded_up),
             extraction=extraction,
         )
 
@@ -201,6 +212,7 @@ class Svd(Extract):
         if not self.finetune and saved is None:
             saved = tuple(f"re:{re.escape(name)}" for name in _saved_by_adapters(self._pairs))
         chosen = choose(self._parameters[0], self._changes, self.targeted_modules, saved or None, self.rest)
+        chosen = fitted(chosen, self.engine, self._layout, self._changes, self.saved_modules)
         if not chosen.lora:
             raise Refused(
                 f"targeted_modules: only {chosen.saved[0].name} and the like changed, and PEFT takes no "
@@ -212,8 +224,17 @@ class Svd(Extract):
     @cached_property
     def _rule(self) -> Rule:
         assert self.rank is not None
-        pattern = {name: int(rank) for name, rank in self.rank_pattern.items()}
-        return Rule(self.rank, pattern, self.max_rank, self.multiple_of, self.method, self.seed)
+        pattern, menu = {n: int(r) for n, r in self.rank_pattern.items()}, menu_of(self.engine)
+        return Rule(self.rank, pattern, self.max_rank, self.multiple_of, self.method, self.seed, menu)
+
+    @property
+    def _rounded_up(self) -> list[Finding]:
+        rank = self._rule.rounded_up(self.rank) if isinstance(self.rank, int) else self.rank
+        why = f"which {self.engine.value} allots for it anyway"
+        return [] if rank == self.rank else [Finding(f"rank {self.rank} becomes {rank}, {why}")]
+
+    def _scaled(self, ranks: Iterable[int]) -> Layout:
+        return scaled(self._layout, self.engine, max(ranks, default=1))
 
     @cached_property
     def _layout(self) -> Layout:
