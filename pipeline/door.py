@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.html import report_page
 from pipeline.ground.manifest import NAME, write_json
-from pipeline.ground.progress import note
+from pipeline.ground.progress import say
 from pipeline.ground.report import Report, Status
 from pipeline.ground.terminal import show_plan, show_report
 from pipeline.ground.workplace import Workplace, rejected
@@ -67,8 +67,8 @@ def _published(request: Request) -> Report:
         return _made(request, place)
     finally:
         if place.is_kept:
-            note(
-                f"what is done so far stands in '{place.folder}': the same request goes on from there; "
+            say(
+                f"note: what is done so far stands in '{place.folder}': the same request goes on from there; "
                 "to drop it, remove that folder"
             )
 

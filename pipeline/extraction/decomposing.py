@@ -16,7 +16,7 @@ from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.lowrank import LowRank, Method, low_rank
 from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
-from pipeline.ground.progress import Progress, note
+from pipeline.ground.progress import Progress, say
 from pipeline.ground.ranks import (
     Budget,
     Energy,
@@ -151,7 +151,7 @@ def decompose(
     keep_freed_memory()
     found = [[_decomposed(one) for one in spool.told(key) or ()] for key in keys]
     if standing := sum(map(bool, found)):
-        note(f"resuming: {standing} of {len(parameters)} modules stand already")
+        say(f"resuming: {standing} of {len(parameters)} modules stand already")
     jobs = [(n, slices) for n, p in enumerate(parameters) if not found[n] for slices in p.matrices]
     total = sum(s.pair.tuned.num_columns * (s.stop - s.start) * 4 for _, slices in jobs for s in slices)
     tasks = (partial(_decompose, number, parameters[number], slices, rule, device) for number, slices in jobs)

@@ -61,9 +61,9 @@ class Progress:
             self._bar.stop()
 
 
-def note(text: str) -> None:
+def say(text: str) -> None:
     """A line between the others on stderr."""
-    sys.stderr.write(f"note: {text}\n")
+    sys.stderr.write(f"{text}\n")
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from pipeline.ground.logits import memory_free
 from pipeline.ground.lowrank import Method
 from pipeline.ground.manifest import published
 from pipeline.ground.model_modules import Model, in_memory
-from pipeline.ground.progress import note
+from pipeline.ground.progress import say
 from pipeline.ground.report import Finding
 from pipeline.ground.spool import Spool, told
 from pipeline.loading import load_checkpoint
@@ -108,7 +108,7 @@ class Svd(Extract):
         keys, compared = self._keys, self._compared
         with Spool(workplace.standing(self.output), (*keys, compared)) as spool:
             if spool.num_removed:
-                note(f"what an earlier run left for other inputs or settings is removed: {spool.folder}")
+                say(f"note: what an earlier run left for other inputs or settings is removed: {spool.folder}")
             if spool.told(compared) is None:
                 spool.finish(compared, {name: astuple(c) for name, c in (self._changes or {}).items()})
             found = decompose(chosen.lora, rule, resolve_device(self.device), self._workers, spool, keys)
