@@ -311,7 +311,7 @@ def halfway(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         text=True,
     )
     try:
-        made, deadline = standing(tmp_path / "out"), time.monotonic() + 120
+        made, deadline = standing(tmp_path / "out"), time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             if made.is_dir() and len(list(made.glob("[0-9a-f]" * 40))) >= 4:  # three, and the comparison
                 break
