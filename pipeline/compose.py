@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from math import isfinite
 from pathlib import Path
@@ -23,6 +23,7 @@ from pipeline.ground.names import nearest
 from pipeline.ground.ranks import parse_pattern, parse_rank
 from pipeline.ground.units import parse_bytes
 from pipeline.publishing import publishable
+from pipeline.settings import SET_AS, key_of, with_fields
 from pipeline.stage import CHOICES, SLOTS, STAGES, Chosen, Pipeline, Save, Stage
 from pipeline.tying import Tied
 
@@ -102,10 +103,14 @@ def _node(name: str, stages: Iterable[type]) -> type:
     settings: dict[str, tuple[str, Any, Any]] = {}
     for cls in stages:
         hints = get_type_hints(cls)
-        for f in fields(cls):
-            if f.name not in ROOT_KEYS:
-                settings.setdefault(f.name, (f.name, hints[f.name], _default(f)))
-    return make_dataclass(name, settings.values(), kw_only=True)
+        for f in own_fields(cls):
+            settings.setdefault(key_of(f), (key_of(f), hints[f.name], _default(f)))
+    return with_fields(name, settings.values())
+
+
+def own_fields(cls: type) -> list[Field[Any]]:
+    """The fields of a stage that stand under its slot."""
+    return [f for f in fields(cls) if f.name not in ROOT_KEYS and SET_AS not in f.metadata]
 
 
 def _default(f: Field[Any]) -> Any:
@@ -137,11 +142,14 @@ def build(cfg: DictConfig) -> Pipeline:
         raise Refused(*wrong)
     shared = _root_values(cfg, stages["save"], stages["extract"])
     built: dict[str, Any] = {}
-    for slot, cls in stages.items():
+    own: dict[str, dict[str, Any]] = {}
+    for slot, cls in sorted(stages.items(), key=lambda one: _is_told(one[1])):
         try:
-            own = _own_values(slot, cls, cfg)
+            own[slot] = _own_values(slot, cls, cfg)
             taken = {f.name: shared[f.name] for f in fields(cls) if f.name in ROOT_KEYS}
-            built[slot] = cls(**own, **taken)
+            told = {f.name: f.metadata[SET_AS] for f in fields(cls) if SET_AS in f.metadata}
+            taken |= {name: own[s][key] for name, (s, key) in told.items() if key in own.get(s, {})}
+            built[slot] = cls(**own[slot], **taken)
         except Refused as refusal:
             wrong += refusal.sentences
         except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -149,6 +157,11 @@ def build(cfg: DictConfig) -> Pipeline:
     if wrong:
         raise Refused(*wrong)
     return Pipeline(**built)
+
+
+def _is_told(cls: type) -> bool:
+    """Whether it has settings that stand in another slot."""
+    return any(SET_AS in f.metadata for f in fields(cls))
 
 
 def _chosen(slot: str, cfg: DictConfig) -> type[Stage]:
@@ -164,21 +177,19 @@ def _chosen(slot: str, cfg: DictConfig) -> type[Stage]:
 
 def _own_values(slot: str, cls: type[Stage], cfg: DictConfig) -> dict[str, Any]:
     """The settings under the slot; under `auto` those that were changed, which the stage must all have."""
+    names = {key_of(f): f.name for f in own_fields(cls)}
     known = [f.name for f in fields(OmegaConf.get_type(cfg, slot))]  # type: ignore[arg-type]
     if foreign := [key for key in cfg[slot] if key not in known]:
         raise Refused(f"{slot}.{foreign[0]}: no such key{nearest(foreign[0], known)}")
     values = vars(OmegaConf.to_object(cfg[slot]))
     if OmegaConf.get_type(cfg, slot) is not offered(slot).get("auto") or "auto" in STAGES[slot]:
-        return values
-    own, plain = (
-        {f.name for f in fields(cls)},
-        vars(OmegaConf.to_object(OmegaConf.structured(offered(slot)["auto"]))),
-    )
+        return {names[key]: value for key, value in values.items()}
+    plain = vars(OmegaConf.to_object(OmegaConf.structured(offered(slot)["auto"])))
     for name, value in values.items():
-        if name not in own and value != plain[name]:
+        if name not in names and value != plain[name]:
             stage = next(name for name, known in STAGES[slot].items() if known is cls)
             raise Refused(f"{slot}.{name}: {slot}={stage}, which this request means, has no such setting")
-    return {name: value for name, value in values.items() if name in own}
+    return {names[key]: value for key, value in values.items() if key in names}
 
 
 def _root_values(cfg: DictConfig, save: type[Stage], extract: type[Stage]) -> dict[str, Any]:

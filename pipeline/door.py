@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.html import report_page
 from pipeline.ground.manifest import NAME, versions, write_json
+from pipeline.ground.progress import say
 from pipeline.ground.report import Report
 from pipeline.ground.terminal import show_plan, show_report
 from pipeline.ground.workplace import Workplace
@@ -62,7 +63,19 @@ def _check_report(path: Path | None) -> None:
 
 
 def _published(request: Request) -> Report:
-    with Workplace(request.pipeline.save.output) as place:
+    place = Workplace(request.pipeline.save.output, request.pipeline.extract.resumes)
+    try:
+        return _made(request, place)
+    finally:
+        if place.is_kept:
+            say(
+                f"note: what is done so far stands in '{place.folder}': the same request goes on from there; "
+                "to drop it, remove that folder"
+            )
+
+
+def _made(request: Request, place: Workplace) -> Report:
+    with place:
         report = _of(request, _run_planned(request.pipeline), place.folder)
         verdict = {gate.name: gate.status.value for gate in report.gates}
         manifest = {k: v for k, v in report.manifest.items() if k != "save"}

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from pipeline import compose, recipe_source
+from pipeline.settings import key_of
 from pipeline.stage import CHOICES, SLOTS, STAGES
 
 _HEAD = """\
@@ -38,9 +39,10 @@ def text() -> str:
         shared = {*compose.ROOT_KEYS, *(f.name for f in fields(SLOTS[slot]))}
         for name, cls in stages.items():
             parts.append(_line(name, _first(cls.__doc__)))
-            for setting, doc in field_docs(cls).items():
-                if setting not in shared:
-                    parts.append(_line(f"  {slot}.{setting}", doc))
+            docs = field_docs(cls)
+            for setting in compose.own_fields(cls):
+                if setting.name not in shared:
+                    parts.append(_line(f"  {slot}.{key_of(setting)}", docs[setting.name]))
     return "\n".join(parts) + "\n"
 
 

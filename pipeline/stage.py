@@ -45,6 +45,8 @@ class Chosen:
 
 @dataclass(frozen=True, kw_only=True)
 class Extract(Stage):
+    resumes: ClassVar[bool] = False  # keeps in the workplace what a later run need not do again
+
     adapter: tuple[Chosen, ...]
     """folders or hub ids of adapters, with their weights"""
     targeted_modules: tuple[str, ...] | None = None

@@ -45,6 +45,7 @@ CONTRACT = {
     "place",
     "quantizing",
     "recomputing",
+    "settings",
     "simulated",
     "stage",
     "storing",

@@ -7,16 +7,16 @@ on how many there are; while one is decomposed another is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.extraction.parameters import Parameter, Slice
 from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.lowrank import LowRank, Method, low_rank
 from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
-from pipeline.ground.progress import Progress
+from pipeline.ground.progress import Progress, say
 from pipeline.ground.ranks import (
     Budget,
     Energy,
@@ -51,17 +51,23 @@ class Rule:
     multiple_of: int = 1
     method: Method = Method.auto
     seed: int = 0
+    menu: Sequence[int] = ()  # of ranks; a number that holds for all modules is rounded up to one of them
 
     def most(self, parameter: Parameter) -> int:
         """The largest rank that this parameter may get."""
-        smaller = min(parameter.matrix)
+        smaller = min(*parameter.matrix, *self.menu[-1:])
         most = min(smaller, self.max_rank) if self.max_rank else smaller
         fixed = self.fixed(parameter)
         if fixed is not None:
-            return fitted(fixed, most, self.multiple_of)
+            main = self.rounded_up(fixed) if fixed == self.rank else fixed
+            return fitted(main, most, self.multiple_of)
         if isinstance(self.rank, Budget) and self.max_rank is None:
             return min(most, BUDGET_MOST)
         return most
+
+    def rounded_up(self, rank: int) -> int:
+        """The rank of the menu that holds it, if max_rank allows that."""
+        return next((n for n in self.menu if rank <= n <= (self.max_rank or n)), rank)
 
     def fixed(self, parameter: Parameter) -> int | None:
         """The rank that the recipe gives it as a number."""
@@ -69,6 +75,13 @@ class Rule:
         if own is not None:
             return int(own)
         return self.rank if isinstance(self.rank, int) else None
+
+    def asks(self, parameter: Parameter) -> tuple[object, ...]:
+        """All of it that decides which triples of this parameter are found (see `_leading`)."""
+        how = (self.most(parameter), self.method, self.seed)
+        if self.fixed(parameter) is not None or isinstance(self.rank, Budget):
+            return how
+        return (*how, self.rank, self.multiple_of)
 
     def check(self, parameters: Sequence[Parameter]) -> None:
         """Refused for a rank that a matrix does not have, and for noise that is not known."""
@@ -124,12 +137,22 @@ def rounding_of(weight: Weight) -> str | None:
 
 
 def decompose(
-    parameters: Sequence[Parameter], rule: Rule, device: str, workers: int, spool: Spool
+    parameters: Sequence[Parameter],
+    rule: Rule,
+    device: str,
+    workers: int,
+    spool: Spool,
+    keys: Sequence[str],
 ) -> list[list[Decomposed]]:
-    """For each parameter its matrices decomposed, to as many triples as the rule may keep."""
+    """For each parameter its matrices decomposed, to as many triples as the rule may keep.
+
+    Each is finished in the spool under its key, and what stands there already is taken as it is.
+    """
     keep_freed_memory()
-    jobs = [(n, slices) for n, p in enumerate(parameters) for slices in p.matrices]
-    found: list[list[Decomposed]] = [[] for _ in parameters]
+    found = [[_decomposed(one) for one in spool.told(key) or ()] for key in keys]
+    if standing := sum(map(bool, found)):
+        say(f"resuming: {standing} of {len(parameters)} modules stand already")
+    jobs = [(n, slices) for n, p in enumerate(parameters) if not found[n] for slices in p.matrices]
     total = sum(s.pair.tuned.num_columns * (s.stop - s.start) * 4 for _, slices in jobs for s in slices)
     tasks = (partial(_decompose, number, parameters[number], slices, rule, device) for number, slices in jobs)
     with (
@@ -138,11 +161,19 @@ def decompose(
         in_order(tasks, workers, workers) as done,
     ):
         for result in done:
-            S = tuple(result.S.double().tolist())
-            left, right = spool.keep(result.left), spool.keep(result.right)
-            found[result.number].append(Decomposed(left, right, S, result.energy, result.edge, result.noise))
+            S, key = tuple(result.S.double().tolist()), keys[result.number]
+            left, right = spool.keep(key, result.left), spool.keep(key, result.right)
+            own = found[result.number]
+            own.append(Decomposed(left, right, S, result.energy, result.edge, result.noise))
+            if len(own) == len(parameters[result.number].matrices):
+                spool.finish(key, [asdict(one) for one in own])
             bar.advance(result.num_bytes)
     return found
+
+
+def _decomposed(told: Mapping[str, Any]) -> Decomposed:
+    left, right = Kept(**told["left"]), Kept(**told["right"])
+    return Decomposed(**{**told, "left": left, "right": right, "S": tuple(told["S"])})
 
 
 def _decompose(

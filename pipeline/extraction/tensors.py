@@ -37,6 +37,7 @@ class Layout:
     architectures: Sequence[str]
     modules: Sequence[str] = ()  # of the model in memory
     tied: bool = False  # lm_head shares the embeddings
+    one_scale: float | None = None  # for all parameters, whatever their ranks
 
     def shares(self, parameter: Parameter) -> bool:
         """Whether it is the embeddings that lm_head shares; PEFT wants a copy for each side."""
@@ -44,6 +45,8 @@ class Layout:
 
     def alpha_of(self, parameter: Parameter, rank: int) -> float:
         """The alpha of a parameter; its rank, and so a scale of 1, where the recipe does not say."""
+        if self.one_scale is not None:
+            return self.one_scale * (sqrt(rank) if self.rslora else rank)
         own = by_pattern(parameter.rank_name, self.alpha_pattern)
         alpha = own if own is not None else self.alpha
         return alpha if alpha is not None else sqrt(rank) if self.rslora else float(rank)

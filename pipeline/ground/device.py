@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import re
+from functools import cache
 
 from pipeline.ground.errors import Refused
 
@@ -31,3 +33,26 @@ def resolve_device(device: str) -> str:
     if torch.backends.mps.is_available():
         return "cpu"  # half of the dtypes here are unknown to mps; it must be asked for
     return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cpu"
+
+
+def hardware(device: str) -> str:
+    """What of the hardware may decide a bit: the kind of processor, not which of several."""
+    import torch
+
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        has = "with" if multiplies_bfloat16(device) else "without"
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {has} bfloat16"
+    found = getattr(torch, kind)
+    return f"{kind} {found.get_device_name(device) if hasattr(found, 'get_device_name') else ''}"
+
+
+@cache
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a CPU has instructions for products of bfloat16; a GPU needs no such help."""
+    import torch
+
+    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))

@@ -11,8 +11,9 @@ twice as fast, which moves vectors among nearly equal singular values and costs 
 from __future__ import annotations
 
 from enum import Enum
-from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.ground.device import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +122,7 @@ def _krylov(D: Tensor, rank: int, seed: int) -> Tensor:
     m, n = D.shape
     width = min(rank + _OVERSAMPLING, m)
     random = torch.Generator().manual_seed(seed)
-    coarse = D.bfloat16() if _multiplies_bfloat16(str(D.device)) else D
+    coarse = D.bfloat16() if multiplies_bfloat16(str(D.device)) else D
 
     def times(matrix: Tensor, block: Tensor) -> Tensor:
         return (matrix @ block.to(matrix.dtype)).to(D.dtype)
@@ -160,15 +161,6 @@ def _settled(gains: list[float], captured: float) -> bool:
         return False
     ratio = max(last / before, _SLOWEST)
     return last * ratio / (1 - ratio) <= _ENOUGH * captured
-
-
-@cache
-def _multiplies_bfloat16(device: str) -> bool:
-    """Whether a CPU has instructions for products of bfloat16; a GPU needs no such help."""
-    import torch
-
-    has = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def _orthonormal(block: Tensor) -> Tensor:

@@ -93,6 +93,12 @@ class Progress:
             self._bar.stop()
 
 
+def say(text: str) -> None:
+    """A line between the others on stderr."""
+    if not is_quiet():
+        sys.stderr.write(f"{text}\n")
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Says what goes on while nothing can be counted; on something that is no terminal, nothing."""

@@ -1,7 +1,9 @@
 """Where an output is made: `<output>.partial`, renamed to `output` in one step when it is whole.
 
 Nothing stands at `output` before that, whatever happens; a run that is killed leaves a `.partial`
-without config.json and index, and the next run removes it.
+without config.json and index, and the next run removes it. All but one folder in it: what is done there is
+done for good, outlives a run that ends early in any way, and is for the next run with the same output,
+which takes what its own request would make and removes the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ def partial(output: Path) -> Path:
 def scratch(output: Path) -> Path:
     """A folder beside what is being made, for what the run needs and the output does not hold."""
     return partial(output) / ".scratch"
+
+
+def standing(output: Path) -> Path:
+    """The folder for what need not be made again if the run ends early; it goes when the output stands."""
+    return partial(output) / ".standing"
 
 
 def rejected(output: Path) -> Path:
@@ -68,11 +75,17 @@ def _is_ours(folder: Path) -> bool:
 
 
 class Workplace:
-    """`with Workplace(output) as place:` makes the partial folder; leaving it unfinished removes it."""
+    """`with Workplace(output) as place:` makes the partial folder; leaving it unfinished removes it.
 
-    def __init__(self, output: Path) -> None:
+    A run that `resumes` finds what stands from an earlier one, and leaves what stands to a later one,
+    unless it ends with a Refused.
+    """
+
+    def __init__(self, output: Path, resumes: bool = False) -> None:
         self.output = output
         self.folder = partial(output)
+        self.resumes = resumes
+        self.is_kept = False  # whether it was left unfinished with something for a later run
         self._lock = -1
 
     def __enter__(self) -> Workplace:
@@ -80,13 +93,18 @@ class Workplace:
         self._made = [p for p in self.output.absolute().parents if not p.exists()]
         self._take()
         try:
-            for path in self.folder.iterdir():  # what a killed run left, now that nobody else is at it
-                if path.name != _MARK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._clear()  # what a killed run left, now that nobody else is at it
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
+
+    def _clear(self) -> None:
+        """Removes all but the mark, and what stands if that is of use."""
+        stays = {_MARK, standing(self.output).name} if self.resumes else {_MARK}
+        for path in self.folder.iterdir():
+            if path.name not in stays:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _take(self) -> None:
         """Makes the folder and locks it; Refused if another run holds it."""
@@ -123,8 +141,10 @@ class Workplace:
 
     def _rename(self, target: Path) -> Path:
         shutil.rmtree(scratch(self.output), ignore_errors=True)
-        (self.folder / _MARK).unlink()
         _settle(self.folder)
+        shutil.rmtree(standing(self.output), ignore_errors=True)
+        (self.folder / _MARK).unlink()
+        _fsync(self.folder)
         if target.exists():
             raise PipelineError(f"output: '{target}' appeared during the run; the result is in {self.folder}")
         self.folder.rename(target)
@@ -135,13 +155,21 @@ class Workplace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ours = self._lock >= 0
-        if ours and (self.folder / _MARK).exists():
+        ours = self._lock >= 0 and (self.folder / _MARK).exists()
+        refused = isinstance(error, Refused) or isinstance(getattr(error, "__cause__", None), Refused)
+        if ours and self.resumes and not refused and _holds_something(standing(self.output)):
+            self._clear()
+            self.is_kept = True
+        elif ours:
             shutil.rmtree(self.folder)
             for parent in self._made:
                 if parent.exists() and not any(parent.iterdir()):
                     parent.rmdir()
         self._release()
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _settle(folder: Path) -> None:

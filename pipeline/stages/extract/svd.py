@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.dequantizing import dense
 from pipeline.extraction.choice import Chosen, Rest, choose, without_place
 from pipeline.extraction.decomposing import Rule, bytes_needed, decompose, workers_for
 from pipeline.extraction.differences import Change, compare
+from pipeline.extraction.engines import Engine, check_for, fitted, menu_of, scaled
+from pipeline.extraction.identity import key, surroundings
 from pipeline.extraction.pairs import Pair, paired
 from pipeline.extraction.parameters import Parameter, parameters
 from pipeline.extraction.result import Extraction, facts, most_bytes, planned, ranks
@@ -32,11 +34,13 @@ from pipeline.ground.logits import memory_free
 from pipeline.ground.lowrank import Method
 from pipeline.ground.manifest import published
 from pipeline.ground.model_modules import Model, in_memory
+from pipeline.ground.progress import say
 from pipeline.ground.report import Finding
-from pipeline.ground.spool import Spool
+from pipeline.ground.spool import Spool, told
 from pipeline.loading import load_checkpoint
 from pipeline.merging import merged
 from pipeline.pieces import FromAdapter, Merged
+from pipeline.settings import set_as
 from pipeline.stage import Extract, stage
 from pipeline.stages.extract.peft import Peft
 from pipeline.stream import num_workers
@@ -48,6 +52,8 @@ from pipeline.weight import Adapter, Checkpoint, Part, Weight
 @dataclass(frozen=True, kw_only=True)
 class Svd(Extract):
     """Compares base and fine-tune, then decomposes one difference after the other."""
+
+    resumes: ClassVar[bool] = True
 
     base_model: str
     """folder, GGUF file or hub id of the base checkpoint"""
@@ -72,6 +78,8 @@ class Svd(Extract):
     """dtype of lora_A and lora_B"""
     rslora: bool = False
     """scale by alpha / sqrt(rank) instead of alpha / rank"""
+    engine: Engine = field(default=Engine.peft, metadata=set_as("save", "for_"))
+    """what is to load the adapter; only what that takes is extracted"""
 
     def check(self) -> None:
         check_device(self.device)
@@ -79,26 +87,37 @@ class Svd(Extract):
             raise Refused("rank: is not set; give a number, auto, {energy: 0.95} or {parameters: 40M}")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise Refused(f"alpha: {self.alpha} is not a number above 0")
+        check_for(
+            self.engine,
+            ranks=[self.rank, *self.rank_pattern.values()],
+            alpha_pattern=self.alpha_pattern,
+            rslora=self.rslora,
+            saved=self.saved_modules,
+        )
 
     def plan(self) -> Adapter:
         chosen = self._chosen
         lora = [(p, self._rule.most(p)) for p in chosen.lora]
         extraction = self._extraction(chosen)
-        settings = config(Content(lora, chosen), self._layout, copies=False)
+        settings = config(Content(lora, chosen), self._scaled(rank for _, rank in lora), copies=False)
         return Adapter((self._part(planned(chosen, self._rule), settings, extraction),))
 
     def __call__(self) -> Adapter:
         begun = time.monotonic()
         chosen, rule, dtype = self._chosen, self._rule, self.factors.value
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        with Spool(self._folder.parent / "factors") as spool:
-            found = decompose(chosen.lora, rule, resolve_device(self.device), self._workers, spool)
+        keys, compared = self._keys, self._compared
+        with Spool(workplace.standing(self.output), (*keys, compared)) as spool:
+            if spool.num_removed:
+                say(f"note: what an earlier run left for other inputs or settings is removed: {spool.folder}")
+            if spool.told(compared) is None:
+                spool.finish(compared, {name: astuple(c) for name, c in (self._changes or {}).items()})
+            found = decompose(chosen.lora, rule, resolve_device(self.device), self._workers, spool, keys)
             kept = ranks(chosen, rule, dtype, found)
             content = Content([(p, r) for p, r in zip(chosen.lora, kept, strict=True) if r], chosen)
             if not content.lora:
                 raise Refused("rank: no difference rises above the rounding noise of the fine-tune")
             by_name = {p.name: d for p, d in zip(chosen.lora, found, strict=True)}
-            write(self._folder, content, self._layout, by_name, spool)
+            write(self._folder, content, self._scaled(kept), by_name, spool)
         figures = {p.name: facts(p, r, by_name[p.name]) for p, r in zip(chosen.lora, kept, strict=True)}
         without = [p.name for p, r in zip(chosen.lora, kept, strict=True) if not r]
         if without:
@@ -117,7 +136,7 @@ class Svd(Extract):
             origin=Source(self._folder, self.finetune or self._folder.name),
             files=(*own, *self._tuned.files),
             side_files=() if self._tuned is self._base else self._tuned.side_files,
-            findings=(*extraction.chosen.findings, *self._strangers),
+            findings=(*extraction.chosen.findings, *self._strangers, *self._rounded_up),
             extraction=extraction,
         )
 
@@ -154,8 +173,26 @@ class Svd(Extract):
 
     @cached_property
     def _changes(self) -> dict[str, Change] | None:
-        """The comparing pass; a dry run reads no weight."""
-        return None if self.dry_run else dict(compare(self._pairs, resolve_device(self.device)))
+        """The comparing pass, or what an earlier run saw; a dry run reads no weight."""
+        if self.dry_run:
+            return None
+        if seen := told(workplace.standing(self.output) / self._compared):
+            return {name: Change(*change) for name, change in seen.items()}
+        return dict(compare(self._pairs, resolve_device(self.device)))
+
+    @cached_property
+    def _inputs(self) -> str:
+        return surroundings((*self._base.files, *self._tuned.files), resolve_device(self.device))
+
+    @cached_property
+    def _compared(self) -> str:
+        """The key of what the comparing pass sees."""
+        return key(self._inputs, *self._pairs)
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        """The keys of all matrices of each parameter of low rank, decomposed."""
+        return [key(self._inputs, p, self._rule.asks(p)) for p in self._chosen.lora]
 
     @cached_property
     def _model(self) -> Model | None:
@@ -175,6 +212,7 @@ class Svd(Extract):
         if not self.finetune and saved is None:
             saved = tuple(f"re:{re.escape(name)}" for name in _saved_by_adapters(self._pairs))
         chosen = choose(self._parameters[0], self._changes, self.targeted_modules, saved or None, self.rest)
+        chosen = fitted(chosen, self.engine, self._layout, self._changes, self.saved_modules)
         if not chosen.lora:
             raise Refused(
                 f"targeted_modules: only {chosen.saved[0].name} and the like changed, and PEFT takes no "
@@ -186,8 +224,17 @@ class Svd(Extract):
     @cached_property
     def _rule(self) -> Rule:
         assert self.rank is not None
-        pattern = {name: int(rank) for name, rank in self.rank_pattern.items()}
-        return Rule(self.rank, pattern, self.max_rank, self.multiple_of, self.method, self.seed)
+        pattern, menu = {n: int(r) for n, r in self.rank_pattern.items()}, menu_of(self.engine)
+        return Rule(self.rank, pattern, self.max_rank, self.multiple_of, self.method, self.seed, menu)
+
+    @property
+    def _rounded_up(self) -> list[Finding]:
+        rank = self._rule.rounded_up(self.rank) if isinstance(self.rank, int) else self.rank
+        why = f"which {self.engine.value} allots for it anyway"
+        return [] if rank == self.rank else [Finding(f"rank {self.rank} becomes {rank}, {why}")]
+
+    def _scaled(self, ranks: Iterable[int]) -> Layout:
+        return scaled(self._layout, self.engine, max(ranks, default=1))
 
     @cached_property
     def _layout(self) -> Layout:

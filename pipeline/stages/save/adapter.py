@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.contents import contents
+from pipeline.extraction.engines import Engine, serving
 from pipeline.ground import dtypes, workplace
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS
 from pipeline.ground.device import check_device
@@ -17,7 +19,7 @@ from pipeline.ground.errors import Refused
 from pipeline.ground.files import File
 from pipeline.ground.hub import is_hub_id
 from pipeline.ground.manifest import is_hidden, own_version, owned, peak_memory, published, versions
-from pipeline.ground.report import Action, Plan, PlannedWeight, unique
+from pipeline.ground.report import Action, Finding, Plan, PlannedWeight, unique
 from pipeline.ground.sidefiles import Group, SideFile, write_side_files
 from pipeline.ground.units import show_bytes
 from pipeline.stage import Save, stage
@@ -28,6 +30,9 @@ from pipeline.weight import Adapter, Checkpoint, Output, Part, Weight
 @dataclass(frozen=True, kw_only=True)
 class SaveAdapter(Save):
     """A PEFT folder with what extract=svd made; the merge is planned, to see that it fits, and not done."""
+
+    for_: Engine = Engine.peft
+    """what is to load it: peft, vllm or llama.cpp; what that does not take is left out, and its cost told"""
 
     def check(self) -> None:
         super().check()
@@ -51,9 +56,13 @@ class SaveAdapter(Save):
             num_parameters=sum(w.num_bytes for w in _weights(part)),
             peak_memory=part.extraction.memory,
             disk=disk,
-            findings=tuple(unique(merged.findings, adapter.findings)),
+            findings=tuple(unique(merged.findings, adapter.findings, self._served(part))),
             contents=contents(adapter),
         )
+
+    def _served(self, part: Part) -> tuple[Finding, ...]:
+        told = serving(self.for_, part.config["r"])
+        return (Finding(told),) if told else ()
 
     def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:
         plan, part, begun = self.plan(merged, adapter), _only(adapter), time.monotonic()
@@ -65,7 +74,7 @@ class SaveAdapter(Save):
             side_files = write_side_files(folder, _tokenizer(part.side_files))
             hashed = inputs.result()
         owners = ["base" for _ in merged.files] + ["finetune" for _ in part.extraction.tuned.files]
-        (folder / "README.md").write_text(_card(plan, part), "utf-8")
+        (folder / "README.md").write_text(_card(plan, part, self._served(part)), "utf-8")
         written = [p for p in sorted(folder.rglob("*")) if p.is_file() and not is_hidden(p, folder)]
         base, tuned = published(merged.origin), published(part.extraction.tuned.origin)
         manifest = {
@@ -131,7 +140,7 @@ def _hashed(path: Path, folder: Path) -> Digest:
     return Digest(path.relative_to(folder).as_posix(), file.size, sha256(file))
 
 
-def _card(plan: Plan, part: Part) -> str:
+def _card(plan: Plan, part: Part, served: Sequence[Finding]) -> str:
     """README.md with the Hub's metadata: what was extracted from what, and how much of it this holds."""
     assert part.extraction is not None
     facts = part.extraction.facts.values()
@@ -152,8 +161,10 @@ def _card(plan: Plan, part: Part) -> str:
         "",
         f"Extracted from the difference of their weights: {len(part.extraction.facts)} matrices at rank "
         f"{ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''},",
-        f"which hold {held:.2%} of the difference's energy.",
+        f"which hold {held:.2%} of the energy of what changed in them.",
         "",
+        *(f"- {finding.text}" for finding in (*part.findings, *served)),
+        *([""] if part.findings or served else []),
         "`merge.json` holds the hashes of everything that went in and came out, `report.json` the figures.",
         "",
         f"Made with lora-pipeline {own_version()}.",
