@@ -17,7 +17,7 @@ _FLAGS = re.compile(  # Hydra's own
 
 def is_sweep(arguments: list[str]) -> bool:
     """Whether one run for each combination of values is asked for."""
-    return bool({"-m", "--multirun"} & set(arguments))
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
 def prepared(arguments: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.ground.names import nearest
 from pipeline.ground.ranks import parse_pattern, parse_rank
 from pipeline.ground.units import parse_bytes
 from pipeline.publishing import publishable
-from pipeline.stage import CHOICES, SLOTS, STAGES, Chosen, Pipeline, Save, Stage
+from pipeline.stage import CHOICES, SLOTS, STAGES, Chosen, Pipeline, Save, Stage, load_stages
 from pipeline.tying import Tied
 
 
@@ -75,7 +75,7 @@ class Root:
     memory_limit: Any = None
     """memory for tiles and models beyond the libraries, as 4GB; default: what is free"""
     sweep: Sweep = field(default_factory=Sweep)
-    """sweep.keep: the outputs of a sweep that stay, all, best or none; sweep.over: its keys and values"""
+    """keep: which outputs stay, all, best or none; over: keys and values; under: a KL ratio to reach"""
     report: str | None = None
     """file for the report as JSON, the page beside it as .html, or the page alone; default: in the output"""
     dry_run: bool = False
@@ -94,18 +94,30 @@ def offered(slot: str) -> dict[str, type]:
     A stage's fields that are named like a root key are not among them: they get the root's value. `auto`
     has the settings of every stage of the slot.
     """
-    nodes = {name: _node(name, [cls]) for name, cls in STAGES[slot].items()}
-    return {**({"auto": _node("auto", STAGES[slot].values())} if slot in CHOICES else {}), **nodes}
+    nodes = {name: _node(slot, name, [cls]) for name, cls in STAGES[slot].items()}
+    return {**({"auto": _node(slot, "auto", STAGES[slot].values())} if slot in CHOICES else {}), **nodes}
 
 
-def _node(name: str, stages: Iterable[type]) -> type:
+def __getattr__(name: str) -> type:
+    """The settings of a stage as `merge/exact`: by that name a process finds what another has sent it."""
+    slot, _, chosen = name.partition("/")
+    if slot in SLOTS:
+        load_stages()
+        if chosen in offered(slot):
+            return offered(slot)[chosen]
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def _node(slot: str, name: str, stages: Iterable[type]) -> type:
     settings: dict[str, tuple[str, Any, Any]] = {}
     for cls in stages:
         hints = get_type_hints(cls)
         for f in fields(cls):
             if f.name not in ROOT_KEYS:
                 settings.setdefault(f.name, (f.name, hints[f.name], _default(f)))
-    return make_dataclass(name, settings.values(), kw_only=True)
+    node = make_dataclass(name, settings.values(), kw_only=True)
+    node.__module__, node.__qualname__ = __name__, f"{slot}/{name}"
+    return node
 
 
 def _default(f: Field[Any]) -> Any:
@@ -199,7 +211,7 @@ def _root_values(cfg: DictConfig, save: type[Stage], extract: type[Stage]) -> di
     values = {key: cfg[key] for key in ROOT_KEYS}
     values["adapter"] = _adapters(cfg.adapter) if cfg.adapter else ()
     values["names"] = _renames(cfg.names)
-    values["output"] = _output(cfg.output or ".")
+    values["output"] = path("output", cfg.output or ".")
     for key in ("targeted_modules", "saved_modules"):
         values[key] = _module_list(key, cfg[key])
     values["rank"] = parse_rank(_plain(cfg.rank))
@@ -229,11 +241,12 @@ def _adapter(item: Any) -> Chosen:
     raise Refused(f"adapter: {item!r} is neither a path nor {{path: ..., weight: ...}}")
 
 
-def _output(value: str) -> Path:
-    path = os.path.expanduser(value)  # noqa: PTH111  ./~x is no home
-    if path.startswith("~"):
-        raise Refused(f"output: '{value}' names no user's home; write ./{value} for a folder called so")
-    return Path(path)
+def path(key: str, value: str) -> Path:
+    """A path that a key gives, its ~ replaced; Refused where that is nobody's."""
+    found = os.path.expanduser(value)  # noqa: PTH111  ./~x is no home
+    if found.startswith("~"):
+        raise Refused(f"{key}: '{value}' names no user's home; write ./{value} for a path called so")
+    return Path(found)
 
 
 def _check_finetune(cfg: DictConfig, extract: type[Stage]) -> None:

@@ -19,13 +19,17 @@ FILES = sorted(path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.py"
 DOOR = {
     "__main__",
     "arguments",
+    "bisection",
     "compose",
     "door",
     "help",
     "publishing",
     "recipe_source",
+    "refusing",
+    "running",
     "sentences",
     "sweep",
+    "telling",
 }
 CONTRACT = {
     "answering",
@@ -43,6 +47,7 @@ CONTRACT = {
     "place",
     "quantizing",
     "recomputing",
+    "same_base",
     "simulated",
     "stage",
     "storing",
@@ -144,7 +149,7 @@ def test_no_stage_knows_another_slots_stages(file: str) -> None:
 
 def test_these_files_alone_know_hydra() -> None:
     found = {f for f in FILES for m in all_imports(f) if m.split(".")[0] in ("hydra", "omegaconf")}
-    assert found == {"__main__.py", "compose.py", "recipe_source.py"}
+    assert found == {"__main__.py", "compose.py", "recipe_source.py", "refusing.py", "running.py"}
 
 
 @pytest.mark.parametrize("file", FILES)
