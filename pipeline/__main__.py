@@ -19,7 +19,7 @@ from pipeline.ground.manifest import own_version
 from pipeline.ground.paths import bundled
 from pipeline.help import text
 from pipeline.sweep import finish, near_enough, overrides, recorded
-from pipeline.telling import failed, first_line, tell
+from pipeline.telling import failed, first_line, is_known, tell
 
 
 def main() -> int:
@@ -55,23 +55,23 @@ def _run(arguments: list[str]) -> int:
 
 def _sweep(arguments: list[str]) -> int:
     """All runs, whoever launches them, and the leaderboard; 1 if any failed."""
-    from pipeline.ground.leaderboard import lines, verdict
+    from pipeline.ground.leaderboard import lines, reasons, verdict
     from pipeline.ground.terminal import show_sweep
 
     broken = False
     with tempfile.TemporaryDirectory(prefix="pipeline-sweep-", ignore_cleanup_errors=True) as scratch:
         try:
             _launch(arguments, Path(scratch))
-        except Exception as error:  # a worker that was killed, a cluster that is not there
-            if not recorded(Path(scratch)):
+        except Exception as error:
+            if not recorded(Path(scratch)) and is_known(error):
                 raise
-            broken = True
-            tell(f"sweep: runs were given up, because {type(error).__name__}: {first_line(error)}")
+            broken = True  # a worker that was killed, a cluster that is not there
+            tell(f"sweep: the launcher gave up ({type(error).__name__}: {first_line(error)})")
         runs = recorded(Path(scratch))
     if runs:
         finish(runs)
         rows = [run.row for run in runs]
-        show_sweep(lines(rows), verdict(rows, runs[0].under))
+        show_sweep(lines(rows), [*reasons(rows), *verdict(rows, runs[0].under)])
     return 1 if broken or any(run.status for run in runs) else 0
 
 
@@ -81,13 +81,14 @@ def _launch(arguments: list[str], scratch: Path) -> None:
     inside = [f"hydra.sweep.dir={quoted(str(scratch))}"]
     inside.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]")
     ordered = bisection.axis(swept)
-    if ordered is None or _under(arguments) is None or "dry_run=true" in arguments:
+    chosen_by_another = any(a.startswith("hydra/sweeper=") for a in arguments)
+    if not ordered or chosen_by_another or _under(arguments) is None or "dry_run=true" in arguments:
         _hydra(running.swept, [*arguments, *inside])
         return
     key, values = ordered
     others = [a for a in arguments if a.partition("=")[0] != key]
 
-    def is_near_enough(value: str) -> bool:
+    def is_near_enough(value: str) -> bool | None:
         _hydra(running.swept, [*others, f"{key}={value}", *inside])
         return near_enough(recorded(scratch)[-1])
 

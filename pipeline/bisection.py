@@ -17,12 +17,20 @@ def axis(swept: Mapping[str, Sequence[str]]) -> tuple[str, list[str]] | None:
         return None
 
 
-def bisect(values: Sequence[str], near_enough: Callable[[str], bool]) -> None:
+def bisect(values: Sequence[str], near_enough: Callable[[str], bool | None]) -> None:
     """Tries values until the first that is near enough has been tried, and the one before it.
 
-    It takes all values after one that is near enough to be so too.
+    It takes all values after one that is near enough to be so too. None says nothing of the others.
     """
-    low, high = 0, len(values)  # those before `low` are not, those from `high` on are
+    left = list(values)
+    low, high = 0, len(left)  # those before `low` are not, those from `high` on are
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if near_enough(values[middle]) else (middle + 1, high)
+        match near_enough(left[middle]):
+            case True:
+                high = middle
+            case False:
+                low = middle + 1
+            case None:
+                del left[middle]
+                high -= 1

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from functools import cache
 from math import isfinite
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.arguments import expanded
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.leaderboard import Sweep
@@ -211,7 +210,7 @@ def _root_values(cfg: DictConfig, save: type[Stage], extract: type[Stage]) -> di
     values = {key: cfg[key] for key in ROOT_KEYS}
     values["adapter"] = _adapters(cfg.adapter) if cfg.adapter else ()
     values["names"] = _renames(cfg.names)
-    values["output"] = path("output", cfg.output or ".")
+    values["output"] = expanded("output", cfg.output or ".")
     for key in ("targeted_modules", "saved_modules"):
         values[key] = _module_list(key, cfg[key])
     values["rank"] = parse_rank(_plain(cfg.rank))
@@ -239,14 +238,6 @@ def _adapter(item: Any) -> Chosen:
             return Chosen(item["path"], float(weight))
         raise Refused(f"adapter: weight {weight!r} of {item['path']} is not a finite number other than 0")
     raise Refused(f"adapter: {item!r} is neither a path nor {{path: ..., weight: ...}}")
-
-
-def path(key: str, value: str) -> Path:
-    """A path that a key gives, its ~ replaced; Refused where that is nobody's."""
-    found = os.path.expanduser(value)  # noqa: PTH111  ./~x is no home
-    if found.startswith("~"):
-        raise Refused(f"{key}: '{value}' names no user's home; write ./{value} for a path called so")
-    return Path(found)
 
 
 def _check_finetune(cfg: DictConfig, extract: type[Stage]) -> None:

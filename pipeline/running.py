@@ -6,6 +6,7 @@ file in the sweep's scratch folder, where whoever writes the leaderboard finds i
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import compose, stage
+from pipeline.arguments import OWN_REPORTS, expanded
 from pipeline.door import Rejected, Request, fulfil
 from pipeline.ground import reuse
+from pipeline.ground.errors import Refused
 from pipeline.ground.leaderboard import Row, row
 from pipeline.ground.report import Report
 from pipeline.sweep import Run, objective, record, recorded, thin
@@ -40,13 +43,13 @@ def swept(cfg: Any) -> float:
     scratch, name = Path(hydra.sweep.dir), folder_name(hydra.job.override_dirname)
     if earlier := next((run for run in recorded(scratch) if run.row.run == name), None):
         return objective(earlier)  # a sweeper asks for the same values again
-    folder, settings = compose.path("output", cfg.output or "multirun"), compose.settings(cfg)
+    folder, settings = Path(os.path.expanduser(cfg.output or "multirun")), compose.settings(cfg)  # noqa: PTH111
     unended = Row(name, "failed", "its process ended before the run did")
     record(begun := Run(unended, folder, None, 1, settings, cfg.sweep.under), scratch)
     cfg.output = str(folder / name)
     sys.stdout.write(f"\n== {name}\n")
     with reuse.within(scratch / "reuse"):
-        report, error = _fulfilled(cfg)
+        report, error = _fulfilled(cfg) if not cfg.report else (None, Refused(OWN_REPORTS))
     status, made = failed(error) if error else 0, folder / name if report else None
     run = replace(begun, row=_told(name, report, error), output=made, status=status)
     record(run, scratch)
@@ -66,7 +69,7 @@ def _fulfilled(cfg: Any) -> tuple[Report | None, Exception | None]:
         request = Request(
             pipeline=compose.build(cfg),
             settings=compose.settings(cfg),
-            report=compose.path("report", cfg.report) if cfg.report else None,
+            report=expanded("report", cfg.report) if cfg.report else None,
             dry_run=cfg.dry_run,
         )
         return fulfil(request), None

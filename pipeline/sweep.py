@@ -51,10 +51,12 @@ def recorded(scratch: Path) -> list[Run]:
     return sorted(found, key=lambda run: run.begun)
 
 
-def near_enough(run: Run) -> bool:
-    """Whether its KL ratio is one that the sweep is content with."""
+def near_enough(run: Run) -> bool | None:
+    """Whether its KL ratio is one that the sweep is content with; None where it has no ratio."""
     ratio = run.row.values.get("ratio")
-    return run.row.sound and ratio is not None and run.under is not None and ratio <= run.under
+    if ratio is None or run.under is None:
+        return None
+    return run.row.sound and ratio <= run.under
 
 
 def objective(run: Run) -> float:

@@ -20,6 +20,11 @@ def failed(error: Exception) -> int:
     return 1
 
 
+def is_known(error: Exception) -> bool:
+    """Whether it says something of the request or the machine, and is no fault of ours."""
+    return understood(error, _argument) is not None
+
+
 def first_line(error: Exception) -> str:
     """The first line of what an error says."""
     return next(iter(str(error).splitlines()), "")

@@ -156,9 +156,13 @@ def lines(rows: Sequence[Row]) -> list[dict[str, str]]:
             for c in shown
             if c.key in r.values
         }
-        result = f"{r.result}: {r.reason}" if r.reason else r.result
-        told.append({"run": r.run, "result": result, **{c.key: cells.get(c.key, "") for c in shown}})
+        told.append({"run": r.run, "result": r.result, **{c.key: cells.get(c.key, "") for c in shown}})
     return told
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """What came in the way of each run that gave no result that stands."""
+    return [f"{r.run} {r.result}: {r.reason}" for r in _sorted(rows) if r.reason]
 
 
 def _sorted(rows: Sequence[Row]) -> list[Row]:
