@@ -16,11 +16,16 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from pipeline.dequantizing import dense
 from pipeline.ground import digests, logits, reuse
 from pipeline.ground.files import File
 from pipeline.ground.identity import digest
+from pipeline.loading import load_checkpoint
+from pipeline.same_base import of_base
 from tests.command import answer
 from tests.making import adapter_tensors, write_adapter
+from tests.models import write_llama, write_lora
+from tests.running import merge
 
 WORDS = "the cat sat on a mat and saw the bird that sang of rain in may " * 12
 REQUEST = ("base_model=base", "adapter=adapter", "verify.tokens=96", "verify.text=text.txt")
@@ -129,6 +134,22 @@ def test_data_that_differ_have_other_digests_and_what_cannot_be_told_has_none() 
     assert digest(0.1, "a") == digest(0.1, "a")
     assert digest({"a": object()}) is None
     assert digest(torch.zeros(1)) is None
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp8-block"])
+def test_a_base_of_codes_is_told_apart_by_its_files(name: str, tmp_path: Path) -> None:
+    write_llama(tmp_path / "base", hidden_size=128, intermediate_size=128)
+    write_lora(tmp_path / "adapter", tmp_path / "base")
+    seen = []
+    for seed in (0, 1):
+        folder = tmp_path / f"coded{seed}"
+        merge(tmp_path / "base", tmp_path / "adapter", folder, quantize=name, weight=1.0 + seed)
+        base = dense(load_checkpoint("base_model", str(folder)))
+        assert any(weight.source is None for weight in base.weights)
+        again = dense(load_checkpoint("base_model", str(folder)))
+        seen += [digest(of_base(base, base)), digest(of_base(again, again))]
+    assert None not in seen
+    assert seen[0] == seen[1] != seen[2] == seen[3]
 
 
 READ = """
