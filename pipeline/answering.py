@@ -15,12 +15,14 @@ from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.device import resolve_device
 from pipeline.ground.errors import Refused
 from pipeline.ground.gates import REPORTED, Limits, judge, limits_of
+from pipeline.ground.identity import digest, files_in
 from pipeline.ground.model_config import QUANTIZATION_KEYS, ConfigFile, edited
 from pipeline.ground.peft_faults import fault
 from pipeline.ground.report import Gate, Status
 from pipeline.ground.units import show_bytes
 from pipeline.ground.written import Written
 from pipeline.pieces import Merged
+from pipeline.same_base import of_base
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
@@ -47,7 +49,7 @@ def read_text(path: str) -> str:
     """The text of a file; Refused where it cannot be read."""
     try:
         text = Path(path).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # ~nobody
         raise Refused(f"verify.text: '{path}' cannot be read as text ({error})") from None
     if not text.strip():
         raise Refused(f"verify.text: '{path}' is empty; give a file of text")
@@ -120,7 +122,12 @@ def _models(
             f": that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free",
         )
     decoded = _decoded_model(output) if _coded(output) else None
-    return logits.Models(output.folder, adapters, base_model(base, output.merged), decoded), device
+
+    def reference() -> str | None:
+        held = [(files_in(folder), factor) for folder, factor in adapters]
+        return digest(of_base(base, output.merged), held)
+
+    return logits.Models(output.folder, adapters, base_model(base, output.merged), decoded, reference), device
 
 
 def _coded(output: Output) -> bool:

@@ -35,6 +35,7 @@ def run(asked: Asked = None, /, *, quiet: bool = False, **keys: Any) -> Report:
     Runs of several threads take turns.
     """
     from pipeline import compose
+    from pipeline.arguments import expanded
     from pipeline.door import Request, fulfil
     from pipeline.ground.report import Rejected
 
@@ -44,7 +45,7 @@ def run(asked: Asked = None, /, *, quiet: bool = False, **keys: Any) -> Report:
         pipeline = compose.build(cfg)
         if cfg.dry_run or not pipeline.save.needs_output:
             raise Refused(f"{'dry_run' if cfg.dry_run else 'save'}: asks for a plan; call pipeline.plan")
-        path = Path(cfg.report).expanduser() if cfg.report else None
+        path = expanded("report", cfg.report) if cfg.report else None
         try:
             report = fulfil(Request(pipeline, compose.settings(cfg), path))
         except Rejected as rejected:

@@ -8,7 +8,17 @@ from pathlib import Path
 
 from pipeline.ground.errors import Refused
 
-_PATH_KEYS = ("base_model", "adapter", "finetune", "output", "report", "recipe")
+_PATH_KEYS = (
+    "base_model",
+    "adapter",
+    "finetune",
+    "output",
+    "report",
+    "recipe",
+    "verify.text",
+    "extract.initial",
+)
+OWN_REPORTS = "report: every run of a sweep writes its own report.json; leave report= out"
 _FLAGS = re.compile(  # Hydra's own
     r"-m|--multirun|-c|--cfg|-p|--package|--resolve|--run|-r|--info|-i|--hydra-help|--shell-completion|-sc|"
     r"--config-path|-cp|--config-name|-cn|--config-dir|-cd|--experimental-rerun"
@@ -17,7 +27,7 @@ _FLAGS = re.compile(  # Hydra's own
 
 def is_sweep(arguments: list[str]) -> bool:
     """Whether one run for each combination of values is asked for."""
-    return bool({"-m", "--multirun"} & set(arguments))
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
 def prepared(arguments: list[str]) -> list[str]:
@@ -34,7 +44,12 @@ def prepared(arguments: list[str]) -> list[str]:
             argument.startswith("--config") and "=" not in argument
         )
     if sweeps and any(argument.startswith("report=") for argument in arguments):
-        wrong.append("report: every run of a sweep writes its own report.json; leave report= out")
+        wrong.append(OWN_REPORTS)
+    if not sweeps:
+        launching = [
+            a.partition("=")[0] for a in arguments if a.startswith(("hydra/launcher=", "hydra/sweeper="))
+        ]
+        wrong += [f"{key}: launches the runs of a sweep; add -m and several values" for key in launching]
     if wrong:
         raise Refused(*wrong)
     return ready
@@ -54,9 +69,19 @@ def _prepared(argument: str, sweeps: bool) -> str:
         return argument
     if not value or value == "null":
         return argument
+    if key in ("output", "report"):
+        expanded(key, value)
     if sweeps and "," in value and not os.path.lexists(os.path.expanduser(value)):  # noqa: PTH111
         return argument  # several values
     return f"{key}={quoted(recipe_path(value) if key == 'recipe' else value)}"
+
+
+def expanded(key: str, value: str) -> Path:
+    """A path that is to be written to, its ~ replaced; Refused where that is nobody's."""
+    found = os.path.expanduser(value)  # noqa: PTH111  ./~x is no home
+    if found.startswith("~"):
+        raise Refused(f"{key}: '{value}' names no user's home; write ./{value} for a path called so")
+    return Path(found)
 
 
 def recipe_path(value: str) -> str:

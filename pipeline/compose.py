@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from math import isfinite
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.arguments import expanded
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.leaderboard import Sweep
@@ -24,7 +23,7 @@ from pipeline.ground.ranks import parse_pattern, parse_rank
 from pipeline.ground.units import parse_bytes
 from pipeline.publishing import publishable
 from pipeline.settings import SET_AS, key_of, with_fields
-from pipeline.stage import CHOICES, SLOTS, STAGES, Chosen, Pipeline, Save, Stage
+from pipeline.stage import CHOICES, SLOTS, STAGES, Chosen, Pipeline, Save, Stage, load_stages
 from pipeline.tying import Tied
 
 
@@ -76,7 +75,7 @@ class Root:
     memory_limit: Any = None
     """memory for tiles and models beyond the libraries, as 4GB; default: what is free"""
     sweep: Sweep = field(default_factory=Sweep)
-    """sweep.keep: the outputs of a sweep that stay, all, best or none; sweep.over: its keys and values"""
+    """keep: which outputs stay, all, best or none; over: keys and values; under: a KL ratio to reach"""
     report: str | None = None
     """file for the report as JSON, the page beside it as .html, or the page alone; default: in the output"""
     dry_run: bool = False
@@ -95,17 +94,29 @@ def offered(slot: str) -> dict[str, type]:
     A stage's fields that are named like a root key are not among them: they get the root's value. `auto`
     has the settings of every stage of the slot.
     """
-    nodes = {name: _node(name, [cls]) for name, cls in STAGES[slot].items()}
-    return {**({"auto": _node("auto", STAGES[slot].values())} if slot in CHOICES else {}), **nodes}
+    nodes = {name: _node(slot, name, [cls]) for name, cls in STAGES[slot].items()}
+    return {**({"auto": _node(slot, "auto", STAGES[slot].values())} if slot in CHOICES else {}), **nodes}
 
 
-def _node(name: str, stages: Iterable[type]) -> type:
+def __getattr__(name: str) -> type:
+    """The settings of a stage as `merge/exact`: by that name a process finds what another has sent it."""
+    slot, _, chosen = name.partition("/")
+    if slot in SLOTS:
+        load_stages()
+        if chosen in offered(slot):
+            return offered(slot)[chosen]
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def _node(slot: str, name: str, stages: Iterable[type]) -> type:
     settings: dict[str, tuple[str, Any, Any]] = {}
     for cls in stages:
         hints = get_type_hints(cls)
         for f in own_fields(cls):
             settings.setdefault(key_of(f), (key_of(f), hints[f.name], _default(f)))
-    return with_fields(name, settings.values())
+    node = with_fields(name, settings.values())
+    node.__module__, node.__qualname__ = __name__, f"{slot}/{name}"
+    return node
 
 
 def own_fields(cls: type) -> list[Field[Any]]:
@@ -210,7 +221,7 @@ def _root_values(cfg: DictConfig, save: type[Stage], extract: type[Stage]) -> di
     values = {key: cfg[key] for key in ROOT_KEYS}
     values["adapter"] = _adapters(cfg.adapter) if cfg.adapter else ()
     values["names"] = _renames(cfg.names)
-    values["output"] = _output(cfg.output or ".")
+    values["output"] = expanded("output", cfg.output or ".")
     for key in ("targeted_modules", "saved_modules"):
         values[key] = _module_list(key, cfg[key])
     values["rank"] = parse_rank(_plain(cfg.rank))
@@ -238,13 +249,6 @@ def _adapter(item: Any) -> Chosen:
             return Chosen(item["path"], float(weight))
         raise Refused(f"adapter: weight {weight!r} of {item['path']} is not a finite number other than 0")
     raise Refused(f"adapter: {item!r} is neither a path nor {{path: ..., weight: ...}}")
-
-
-def _output(value: str) -> Path:
-    path = os.path.expanduser(value)  # noqa: PTH111  ./~x is no home
-    if path.startswith("~"):
-        raise Refused(f"output: '{value}' names no user's home; write ./{value} for a folder called so")
-    return Path(path)
 
 
 def _check_finetune(cfg: DictConfig, extract: type[Stage]) -> None:

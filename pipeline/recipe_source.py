@@ -72,7 +72,7 @@ class RecipeSource(ConfigSource):
         """The file or folder behind `recipe/NAME`; None for a name that is not ours to answer."""
         group, _, name = config_path.partition("/")
         if group == GROUP and name.startswith(("./", "../", "/", "~/")):
-            return Path(name).expanduser().absolute()  # recipe=./mine.yaml, from the command line only
+            return Path(os.path.expanduser(name)).absolute()  # noqa: PTH111  from the command line only
         if group != GROUP or (name and not _NAME.fullmatch(name)):
             return None
         return Path(self.path) / name
@@ -108,7 +108,8 @@ class RecipeFolders(SearchPathPlugin):
 def folders() -> list[Path]:
     """The folders in which a recipe's name is looked up, in order."""
     own = os.environ.get("PIPELINE_RECIPES", "").split(os.pathsep)
-    return [*(Path(p).expanduser().absolute() for p in own if p), bundled("recipes")]
+    own_folders = [Path(os.path.expanduser(p)).absolute() for p in own if p]  # noqa: PTH111  ~nobody: none
+    return [*own_folders, bundled("recipes")]
 
 
 def names() -> dict[str, Path]:
@@ -122,12 +123,8 @@ def names() -> dict[str, Path]:
 
 def axes(recipe: str) -> dict[str, list[Any]]:
     """What `sweep.over` of a recipe's own file asks for: keys and the values each takes; {} for most."""
-    path = names().get(recipe) or Path(recipe).expanduser()
-    if not path.is_file():
-        return {}
-    table = OmegaConf.to_container(_read(path), resolve=False)
-    told = table.get("sweep") if isinstance(table, dict) else None
-    over = told.get("over") if isinstance(told, dict) else None
+    path, told = _sweep(recipe)
+    over = told.get("over")
     if over is None:
         return {}
     if not isinstance(over, dict):
@@ -141,6 +138,20 @@ def axes(recipe: str) -> dict[str, list[Any]]:
         if not _AXIS.fullmatch(str(key)) or str(key).partition(".")[0] in _NO_AXES:
             raise RecipeError(f"{path}: sweep.over: '{key}' is no key that runs of a sweep may differ in")
     return {str(key): list(values) for key, values in over.items()}
+
+
+def under(recipe: str) -> float | None:
+    """`sweep.under` of a recipe's own file."""
+    value = _sweep(recipe)[1].get("under")
+    return None if value is None else float(value)
+
+
+def _sweep(recipe: str) -> tuple[Path, dict[str, Any]]:
+    """A recipe's own file, and what it says of sweeping."""
+    path = names().get(recipe) or Path(os.path.expanduser(recipe))  # noqa: PTH111  ~nobody is no error
+    table = OmegaConf.to_container(_read(path), resolve=False) if path.is_file() else None
+    told = table.get("sweep") if isinstance(table, dict) else None
+    return path, told if isinstance(told, dict) else {}
 
 
 def register() -> None:

@@ -7,6 +7,10 @@ from collections.abc import Collection, Mapping
 
 from pipeline.ground.names import nearest
 
+_PLUGINS = {
+    "launcher": "; pip install 'lora-pipeline[sweeps]' brings joblib, submitit_local and submitit_slurm",
+    "sweeper": "; pip install hydra-optuna-sweeper brings optuna",
+}
 _KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
 
 
@@ -16,6 +20,9 @@ def sentence(
     """The sentence for an error's text (with that of its cause); names and keys are what could be meant."""
     if found := re.search(r"Could not (?:find|load) '(\w+)/([^'\n]*)'", text):
         slot, name = found.groups()
+        if slot == "hydra":
+            group, _, name = name.rpartition("/")
+            return f"hydra/{group}: nothing here is called '{name}'{_PLUGINS.get(group, '')}"
         if slot == "recipe":
             return f"recipe: no recipe '{name}'{nearest(name, recipes)}; there are {_listed(recipes)}"
         return f"{slot}: no stage '{name}'; choose {_listed(stages.get(slot, ()))}"

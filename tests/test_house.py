@@ -20,14 +20,17 @@ DOOR = {
     "__main__",
     "api",
     "arguments",
+    "bisection",
     "compose",
     "door",
     "help",
     "publishing",
     "recipe_source",
     "refusing",
+    "running",
     "sentences",
     "sweep",
+    "telling",
 }
 CONTRACT = {
     "answering",
@@ -46,6 +49,7 @@ CONTRACT = {
     "quantizing",
     "recomputing",
     "settings",
+    "same_base",
     "simulated",
     "stage",
     "storing",
@@ -147,7 +151,8 @@ def test_no_stage_knows_another_slots_stages(file: str) -> None:
 
 def test_these_files_alone_know_hydra() -> None:
     found = {f for f in FILES for m in all_imports(f) if m.split(".")[0] in ("hydra", "omegaconf")}
-    assert found == {"__main__.py", "api.py", "compose.py", "recipe_source.py", "refusing.py"}
+    hydra = {"__main__.py", "api.py", "compose.py", "recipe_source.py", "refusing.py", "running.py"}
+    assert found == hydra
 
 
 @pytest.mark.parametrize("file", FILES)

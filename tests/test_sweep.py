@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import re
 from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from pipeline import recipe_source
-from pipeline.ground.leaderboard import Row, as_csv, as_page, best, bests, lines
+from pipeline.ground.leaderboard import Row, as_csv, as_page, best, bests, lines, reasons
+from pipeline.running import folder_name
 from pipeline.sweep import common, overrides
-from tests.command import answer
+from tests.command import answer, refusal
 from tests.making import adapter_tensors, write_adapter
 
 RECIPE = """
@@ -112,6 +114,49 @@ def test_a_recipe_cannot_sweep_over_more_than_settings(here: Path, over: str, sa
     assert not (here / "sweep").exists()
 
 
+@pytest.mark.parametrize(
+    "argument", ["output=~nosuchuser/x", "report=~nosuchuser/r.json", "verify.text=~nosuchuser/t"]
+)
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=0,1")], ids=["alone", "sweep"])
+def test_a_path_of_nobody_is_refused(here: Path, argument: str, sweep: tuple[str, ...]) -> None:
+    if sweep and argument.startswith("report"):
+        pytest.skip("no run of a sweep has a report= of its own")
+    key = argument.partition("=")[0]
+    request = (*sweep, "base_model=base", "adapter=adapter", *(["output=out"] if key != "output" else []))
+    said = answer(*request, argument, cwd=here)
+    assert said.status == (1 if sweep and key == "verify.text" else 2)  # which each run refuses for itself
+    assert {line.removeprefix("error: ").partition(": ")[0] for line in said.err.splitlines()} == {key}
+    assert "~nosuchuser" in said.err
+    assert not (here / "out").exists()
+
+
+def test_a_path_of_nobody_in_a_recipe_is_refused(here: Path) -> None:
+    (here / "mine.yaml").write_text("output: ~nosuchuser/x\nreport: ~nosuchuser/r.json\n")
+    request = ("recipe=./mine.yaml", "base_model=base", "adapter=adapter")
+    assert refusal(here, *request, "report=null").startswith("output: '~nosuchuser/x' names no user's home")
+    assert refusal(here, *request, "output=out").startswith("report: '~nosuchuser/r.json' names no user's")
+    assert answer("-m", *request, "seed=0,1", cwd=here).err.startswith("error: report: every run of a sweep")
+    (here / "mine.yaml").write_text("output: ~nosuchuser/x\n")
+    said = answer("-m", *request, "seed=0,1", cwd=here)
+    assert (said.status, len(said.err.splitlines())) == (1, 2)  # each run refuses it
+    assert said.err.startswith("error: output: '~nosuchuser/x/seed=0' names no user's home")
+    assert not (here / "~nosuchuser").exists()
+
+
+def test_values_that_no_folder_name_can_hold_have_folders_of_their_own(here: Path) -> None:
+    names = {folder_name(f"adapter={path}") for path in ("a/b", "a_b", "a b", "a:b", "a" * 300, "a" * 301)}
+    assert len(names) == 6
+    assert all(len(name) < 200 and re.fullmatch(r"[\w.=,+-]+", name) for name in names)
+    assert folder_name("rank=8,save.dtype=float16") == "rank=8,save.dtype=float16"
+    for folder in ("a/b", "a_b"):
+        write_adapter(here / folder)
+    said = answer(
+        "-m", "base_model=base", "adapter=a/b,a_b", "output=sweep", "verify=none", "sweep.keep=none", cwd=here
+    )
+    assert said.status == 0, said
+    assert len(list((here / "sweep").glob("*/report.json"))) == 2
+
+
 def test_values_are_values_whatever_stands_in_them() -> None:
     axes = {"names": ["a,b", "x=y", "choice(1)"], "rank": [4, None, True, 0.5]}
     told = overrides(axes, ["output=x"])
@@ -138,7 +183,8 @@ def test_the_best_are_marked_among_sound_runs_alone() -> None:
     assert chosen.run == "b"
     assert [line["run"] for line in lines(ROWS)] == ["run", "b", "a", "c", "d"]
     assert lines(ROWS)[1]["ratio"] == "1e-05 *"
-    assert lines(ROWS)[4]["result"] == "failed: disk full"
+    assert lines(ROWS)[4]["result"] == "failed"
+    assert reasons(ROWS) == ["c refused: why", "d failed: disk full"]
     assert best([row("x", "refused")]) is None
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from pipeline.extraction.checking import held, recomputed
 from pipeline.ground import finetune_logits, logits, workplace
+from pipeline.ground.identity import digest
 from pipeline.ground.model_config import edited
 from pipeline.ground.peft_load import unplaced
 from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.ground.sidefiles import write_side_files
 from pipeline.ground.units import show_bytes
+from pipeline.same_base import of_base
 from pipeline.weight import Adapter, Checkpoint, Output, Part, Weight
 
 Loader = Callable[[Checkpoint[Weight], Checkpoint[Weight]], Callable[[type], Any]]
@@ -36,7 +38,13 @@ class Proof:
 
 
 def proof(
-    output: Output, adapter: Adapter, tokens: int, device: str, memory: int | None, loader: Loader | None
+    output: Output,
+    adapter: Adapter,
+    tokens: int,
+    device: str,
+    memory: int | None,
+    loader: Loader | None,
+    text: str | None = None,
 ) -> Proof:
     """Everything that is asked of an adapter that was extracted; without a loader no model is run."""
     part = adapter.parts[0]
@@ -51,7 +59,7 @@ def proof(
             figures = {k: v for k, v in extraction.facts[p.name].items() if k not in ("energy", "captured")}
             proved.weights[pair.name] = {**figures, **proved.weights.get(pair.name, {})}
     if loader and tokens and all(gate.status is not Status.failed for gate in proved.gates):
-        _compare(output, part, tokens, device, memory, loader, proved)
+        _compare(output, part, tokens, text or _sample(), device, memory, loader, proved)
     return proved
 
 
@@ -83,10 +91,15 @@ def _taken(output: Output, part: Part) -> Gate:
     return Gate("PEFT", Status.passed, f"loads all of {len(part.deltas)} deltas", wanted)
 
 
+def _sample() -> str:
+    return package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
+
+
 def _compare(
     output: Output,
     part: Part,
     tokens: int,
+    text: str,
     device: str,
     memory: int | None,
     loader: Loader,
@@ -110,7 +123,6 @@ def _compare(
     told.mkdir(parents=True, exist_ok=True)
     (told / "config.json").write_text(tuned.config.text(tuned.config_edits), "utf-8")
     write_side_files(told, tuned.side_files)
-    text = package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
     try:
         figures, assumed = finetune_logits.compare(
             told,
@@ -120,6 +132,8 @@ def _compare(
             text,
             tokens,
             device,
+            lambda: digest(of_base(extraction.base, output.merged)),
+            lambda: digest(of_base(tuned, tuned)),
         )
     except (logits.CannotCompare, logits.MergedDoesNotRun) as reason:
         proved.findings.append(f"base, adapter and fine-tune were not compared by their logits: {reason}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from pipeline.ground import identity, reuse
 from pipeline.ground.files import File, read_into
 
 _CHUNK = 1 << 20  # between two looks at Python: while torch is being imported each takes milliseconds
@@ -24,7 +27,7 @@ class Digest:
     inherited: bool = False
 
 
-_KNOWN: dict[File, str] = {}  # a sweep's runs share their inputs; a file that changes is another File
+_KNOWN: dict[File, str] = {}  # runs of one process share their inputs; a file that changes is another File
 
 
 def sha256(file: File) -> str:
@@ -70,7 +73,7 @@ class Digests:
 
     def __enter__(self) -> Digests:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="digest")
-        self._future: Future[list[Digest]] = self._pool.submit(self._all)
+        self._future: Future[list[Digest]] = self._pool.submit(copy_context().run, self._all)
         return self
 
     def _all(self) -> list[Digest]:
@@ -84,7 +87,8 @@ class Digests:
 
     def _sha256(self, file: File) -> str:
         if file not in _KNOWN:
-            _KNOWN[file] = _sha256(file, lambda: self._stopped)
+            key = partial(identity.digest, "sha256", file)
+            _KNOWN[file] = reuse.text(key, lambda: _sha256(file, lambda: self._stopped))
         return _KNOWN[file]
 
     def result(self) -> list[Digest]:

@@ -29,10 +29,15 @@ class Keep(Enum):
 
 @dataclass
 class Sweep:
-    """What a sweep keeps, and, in a recipe, what it runs over."""
+    """What a sweep keeps; what it runs over, in a recipe; and the KL ratio that is near enough.
+
+    With `under` the best is the smallest that is near enough, and where one key with numbers is swept,
+    bisection finds it: larger numbers are taken to be nearer.
+    """
 
     keep: Keep = Keep.all
     over: Any = None
+    under: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,14 @@ class Criterion:
             return show_bytes(value)
         if self.key == "seconds":
             return show_seconds(value)
-        return f"{value:.4f}" if self.key in ("retained", "loss") else f"{value:.2g}"
+        return f"{value:.4f}" if self.key in ("retained", "captured", "loss") else f"{value:.2g}"
 
 
 CRITERIA = (
     Criterion("ratio", "KL ratio"),
     Criterion("kl", "KL"),
     Criterion("loss", "loss"),
+    Criterion("captured", "captured", most=True),
     Criterion("retained", "rounding kept", most=True),
     Criterion("size", "size"),
     Criterion("seconds", "time"),
@@ -81,14 +87,16 @@ def row(run: str, report: Report | None, error: str | None, link: str = "") -> R
     """The line of a run that gave this report, or this error, or both: a refused result has figures too."""
     if report is None:
         return Row(run, "failed" if error else "planned", error or "")
-    kept, figures = retained(report.weights), report.logits or report_logits(report) or {}
+    kept, figures = retained(report.weights), report.logits or _extracted(report, "logits")
+    perplexity = figures.get("perplexity_merged", figures.get("perplexity_extracted"))
     values = {
-        "size": float(report.plan.disk),
-        "seconds": report.save.get("seconds", 0.0) + report.seconds,
+        "size": float(report.save.get("bytes", report.plan.disk)),
+        "seconds": report.save.get("seconds"),
         "memory": float(report.plan.peak_memory),
         "ratio": figures.get("ratio"),
-        "kl": figures.get("kl_mean"),
-        "loss": log(figures["perplexity_merged"]) if figures.get("perplexity_merged") else None,
+        "kl": figures.get("kl_mean", figures.get("kl_finetune_extracted")),
+        "loss": log(perplexity) if perplexity else None,
+        "captured": captured(report),
         "retained": kept["mean"] if kept else None,
     }
     result = "refused" if not report.passed else "verified" if report.gates else "not verified"
@@ -97,10 +105,16 @@ def row(run: str, report: Report | None, error: str | None, link: str = "") -> R
     return Row(run, result, failed[0] if failed else "", known, link)
 
 
-def report_logits(report: Report) -> Mapping[str, Any] | None:
-    """The figures of an extracted adapter, which is compared with the fine-tune."""
-    found = getattr(report, "extraction", None)
-    return found.get("logits") if found else None
+def _extracted(report: Report, what: str) -> Mapping[str, Any]:
+    """What verification saw of an adapter that was extracted: it is compared with the fine-tune."""
+    return (report.extraction or {}).get(what) or {}
+
+
+def captured(report: Report) -> float | None:
+    """The share of the difference's energy, over all weights, that an extracted adapter holds."""
+    weights = [w for w in _extracted(report, "weights").values() if "energy" in w and "captured" in w]
+    energy = sum(w["energy"] for w in weights)
+    return sum(w["energy"] * w["captured"] for w in weights) / energy if energy else None
 
 
 def bests(rows: Sequence[Row]) -> dict[str, set[str]]:
@@ -114,19 +128,20 @@ def bests(rows: Sequence[Row]) -> dict[str, set[str]]:
     return found
 
 
-def best(rows: Sequence[Row]) -> Row | None:
-    """The run to keep: least KL ratio, else most of the delta kept, else the smallest."""
-    sound = [r for r in rows if r.sound]
+def best(rows: Sequence[Row], under: float | None = None) -> Row | None:
+    """The run to keep: least KL ratio, else most of the delta kept, else the smallest.
+
+    Given a ratio that is near enough, the smallest of those that have it, if any do.
+    """
     none = float("inf")
-    return min(
-        sound,
-        key=lambda r: (
-            r.values.get("ratio", none),
-            -r.values.get("retained", -none),
-            r.values.get("size", none),
-        ),
-        default=None,
-    )
+
+    def rank(r: Row) -> tuple[float, ...]:
+        ratio, size = r.values.get("ratio", none), r.values.get("size", none)
+        if under is not None and ratio <= under:
+            return (0, size, ratio)
+        return (1, ratio, -r.values.get("retained", -none), size)
+
+    return min((r for r in rows if r.sound), key=rank, default=None)
 
 
 def lines(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -141,9 +156,13 @@ def lines(rows: Sequence[Row]) -> list[dict[str, str]]:
             for c in shown
             if c.key in r.values
         }
-        result = f"{r.result}: {r.reason}" if r.reason else r.result
-        told.append({"run": r.run, "result": result, **{c.key: cells.get(c.key, "") for c in shown}})
+        told.append({"run": r.run, "result": r.result, **{c.key: cells.get(c.key, "") for c in shown}})
     return told
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """What came in the way of each run that gave no result that stands."""
+    return [f"{r.run} {r.result}: {r.reason}" for r in _sorted(rows) if r.reason]
 
 
 def _sorted(rows: Sequence[Row]) -> list[Row]:
@@ -170,14 +189,12 @@ def _plain(text: str) -> str:
     return f"'{text}" if text[:1] in "=+-@\t\r" else text
 
 
-def as_page(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
+def as_page(rows: Sequence[Row], settings: Mapping[str, Any], under: float | None = None) -> str:
     """sweep.html: verdict, table, chart, and what failed."""
     sound = [r for r in rows if r.sound]
-    chosen, marked = best(rows), bests(rows)
+    marked = bests(rows)
     title = f"{len(rows)} runs"
-    words = [f"{len(sound)} of {len(rows)} runs gave a result that stands."]
-    if chosen:
-        words.append(f"Best: {chosen.run}" + (", by its KL ratio." if "ratio" in chosen.values else "."))
+    words = [f"{len(sound)} of {len(rows)} runs gave a result that stands.", *verdict(rows, under)]
     head = element(
         "header",
         element("b", "Sweep", class_="word"),
@@ -197,7 +214,8 @@ def as_page(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
         for n, r in enumerate(ordered, 1)
     ]
     columns = [Column(""), Column("result"), Column("run"), *(Column(c.head, number=True) for c in shown)]
-    parts = [head, section("Leaderboard", table(columns, cells, "wide"))]
+    told = "Time is that of making the output; verification shares what it can between the runs."
+    parts = [head, section("Leaderboard", table(columns, cells, "wide"), element("p", told))]
     known = [
         (str(n), r.values["size"] / 1e6, r.values["ratio"]) for n, r in enumerate(ordered, 1) if _both(r)
     ]
@@ -210,6 +228,21 @@ def as_page(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
     if settings:
         parts.append(section("In all runs", element("pre", as_yaml(settings))))
     return page(f"Sweep: {title}", *parts)
+
+
+def verdict(rows: Sequence[Row], under: float | None) -> list[str]:
+    """Which run is best, and by what, in a sentence; none where no run is sound."""
+    chosen = best(rows, under)
+    if chosen is None:
+        return []
+    ratio = chosen.values.get("ratio")
+    if ratio is None:
+        return [f"Best: {chosen.run}."]
+    if under is None:
+        return [f"Best: {chosen.run}, by its KL ratio."]
+    if ratio <= under:
+        return [f"Best: {chosen.run}, the smallest whose KL ratio is at most {under:g}."]
+    return [f"No run has a KL ratio of at most {under:g}; {chosen.run} comes nearest."]
 
 
 def _both(r: Row) -> bool:

@@ -1,8 +1,8 @@
 """The merged model's answers against those of base + unmerged adapter, through transformers and PEFT.
 
-Both sides run in float32, one after the other, so that one model at a time is in memory. KL divergences
-are in nats per token: KL(adapter || merged) is what the merge changed, KL(adapter || base) what the
-adapter does; their ratio says how much of its effect is off.
+Both sides run in float32, one after the other: one model at a time is in memory. KL divergences are in nats
+per token: KL(adapter || merged) is what the merge changed, KL(adapter || base) what the adapter does; their
+ratio says how much of its effect is off.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.ground import reuse
 from pipeline.ground.divergence import compared, divergence
 from pipeline.ground.errors import PipelineError
+from pipeline.ground.identity import of_outputs
 from pipeline.ground.progress import working
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class Models:
     adapters: Sequence[tuple[Path, float]]  # with the factors that they were merged with
     base: Callable[[type], Any]  # the model class to a model
     load_merged: Callable[[type], Any] | None = None  # where its loader is not to be asked
+    reference: Callable[[], str | None] = lambda: None  # what base and adapters are, as a digest
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,11 @@ def compare(models: Models, text: str, num_tokens: int, prompt: str | None, devi
         tokens = tokens_of(tokenizer, text, config, num_tokens, assumed)
         try:
             with working("comparing logits: base and adapter"):
-                with_lora = adapted(models, cls, device)
-                with_adapter, second = outputs(with_lora, tokens), _answer(with_lora, tokenizer, prompt)
-                floor = noise(with_lora, tokens, with_adapter)
-                with with_lora.disable_adapter():
-                    without, first = outputs(with_lora, tokens), _answer(with_lora, tokenizer, prompt)
+                key = partial(of_outputs, models.reference, tokens, cls, device, prompt, models.merged)
+                make = partial(_reference, models, cls, tokens, tokenizer, prompt, device)
+                (with_adapter, without), (second, first, floor) = reuse.result(key, make)
         except Exception as error:  # whatever transformers or PEFT raise about base and adapter
             raise CannotCompare(_reason(error)) from error
-        del with_lora
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -90,6 +91,18 @@ def compare(models: Models, text: str, num_tokens: int, prompt: str | None, devi
     answers = {"base": first, "adapter": second, "merged": third}
     said = {"prompt": prompt, **answers} if prompt and None not in answers.values() else None
     return Outcome({**figures, "tokens": tokens.numel()}, said, assumed)  # type: ignore[arg-type]
+
+
+def _reference(
+    models: Models, cls: Any, tokens: Tensor, tokenizer: Any, prompt: str | None, device: str
+) -> Any:
+    """Outputs and answer with the adapter and without, and the noise: the merged model has no part in it."""
+    model = adapted(models, cls, device)
+    with_adapter, second = outputs(model, tokens), _answer(model, tokenizer, prompt)
+    floor = noise(model, tokens, with_adapter)
+    with model.disable_adapter():
+        without, first = outputs(model, tokens), _answer(model, tokenizer, prompt)
+    return reuse.Result((with_adapter, without), (second, first, floor))
 
 
 def _merged(models: Models, cls: Any) -> Any:

@@ -116,12 +116,14 @@ def show_report(report: Report, stands_at: str) -> None:
 
 
 @_while_someone_listens
-def show_sweep(lines: list[dict[str, str]]) -> None:
-    """The leaderboard, heads first."""
+def show_sweep(lines: list[dict[str, str]], sentences: list[str]) -> None:
+    """The leaderboard, heads first, and what is to be said of it."""
     widths = {key: max(len(line[key]) for line in lines) + 2 for key in lines[0]}
     for line in lines:
         told = "".join(f"{line[key]:{width}}" for key, width in widths.items())
         console().print(told.rstrip(), markup=False)
+    for sentence in sentences:
+        console().print(sentence, markup=False)
 
 
 def _show(out: Console, title: str, lines: list[tuple[str, str]]) -> None:

@@ -87,7 +87,8 @@ class Standard(Verify):
     def _proof(self, output: Output, adapter: Adapter) -> Proof:
         """What is asked of an adapter that this run has extracted."""
         device = resolve_device(self.device)
-        return proof(output, adapter, self.tokens, device, self.memory_limit, base_model)
+        text = None if self.text is None else read_text(self.text)
+        return proof(output, adapter, self.tokens, device, self.memory_limit, base_model, text)
 
     def _judged(
         self, output: Output, facts: dict[str, Facts], weights: dict[str, dict[str, Any]], findings: list[str]
