@@ -30,7 +30,7 @@ class Asked:
 
     tokens: int
     text: str | None
-    prompt: str | None
+    prompts: tuple[str, ...]
     limits: Limits
     device: str
     memory_limit: int | None = None
@@ -54,6 +54,14 @@ def read_text(path: str) -> str:
     return text
 
 
+def read_prompts(value: Any) -> tuple[str, ...]:
+    """verify.prompts as a recipe may write it: nothing, one prompt, or a list of them."""
+    found = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(p, str) and p.strip() for p in found):
+        raise Refused(f"verify.prompts: {value!r} is neither a text nor a list of texts")
+    return tuple(found)
+
+
 def answers(
     output: Output,
     base: Checkpoint[Weight],
@@ -70,7 +78,7 @@ def answers(
     wanted = REPORTED if reported else f"ratio <= {asked.limits.over(usual).max_ratio:g}"
     try:
         models, device = _models(output, base, adapter, asked)
-        outcome = logits.compare(models, _text(asked), asked.tokens, asked.prompt, device)
+        outcome = logits.compare(models, _text(asked), asked.tokens, asked.prompts, device)
     except _Skipped as reason:
         findings.append(f"logits were not compared{reason.finding}")
         gates.append(Gate("logits", Status.skipped, reason.seen, wanted))

@@ -27,12 +27,12 @@ def compared(
     import torch
 
     off, effect = divergence(adapter, merged), divergence(adapter, base)
-    means = _resampled(torch.stack([off, effect]))
+    means = resampled(torch.stack([off, effect]))
     ratios = means[0] / means[1].clamp_min(1e-300)
     same = float((adapter.argmax(-1) == merged.argmax(-1)).double().mean())
     return {
         "kl_mean": float(off.mean()),
-        "kl_interval": _interval(means[0]),
+        "kl_interval": interval_of(means[0]),
         "kl_median": float(off.quantile(0.5)),
         "kl_p99": float(off.quantile(0.99)),
         "kl_p999": float(off.quantile(0.999)),
@@ -40,7 +40,7 @@ def compared(
         "kl_max": float(off.max()),
         "kl_adapter_base": float(effect.mean()),
         "ratio": float(off.mean() / effect.mean().clamp_min(1e-300)),
-        "ratio_interval": _interval(ratios),
+        "ratio_interval": interval_of(ratios),
         "top1_agreement": same,
         "top1_interval": list(wilson(same, len(off))),
         "largest_difference": float((adapter - merged).abs().max()),
@@ -67,7 +67,7 @@ def _of_the_text(adapter: Tensor, base: Tensor, merged: Tensor, following: Tenso
     ratio = float(torch.exp(change.mean()))
     return {
         "rms_probability": float(squares.mean().sqrt()),
-        "rms_interval": [float(v) ** 0.5 for v in _interval(_resampled(squares[None])[0])],
+        "rms_interval": [float(v) ** 0.5 for v in interval_of(resampled(squares[None])[0])],
         "perplexity_base": float(torch.exp(-plain.mean())),
         "perplexity_adapter": float(torch.exp(-ours.mean())),
         "perplexity_merged": float(torch.exp(-theirs.mean())),
@@ -96,7 +96,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _resampled(rows: Tensor) -> Tensor:
+def resampled(rows: Tensor) -> Tensor:
     """Means of `rows`, `(kinds, positions)`, over positions drawn with replacement: `(kinds, resamples)`."""
     import torch
 
@@ -108,10 +108,10 @@ def _resampled(rows: Tensor) -> Tensor:
     return torch.cat(means, 1)
 
 
-def _interval(resampled: Tensor) -> list[float]:
+def interval_of(drawn: Tensor) -> list[float]:
     import torch
 
-    return [float(v) for v in resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))]
+    return [float(v) for v in drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))]
 
 
 def _of_quantile(values: Tensor, share: float) -> list[float]:

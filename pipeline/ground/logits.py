@@ -52,11 +52,11 @@ class Outcome:
     """Figures for the report, the answers to the prompt, and what had to be assumed."""
 
     figures: dict[str, Any]
-    answers: dict[str, str] | None
+    answers: list[dict[str, str]] | None
     assumed: list[str]
 
 
-def compare(models: Models, text: str, num_tokens: int, prompt: str | None, device: str) -> Outcome:
+def compare(models: Models, text: str, num_tokens: int, prompts: Sequence[str], device: str) -> Outcome:
     """Runs base, base + adapter and merged model on the same tokens."""
     import torch
 
@@ -67,10 +67,10 @@ def compare(models: Models, text: str, num_tokens: int, prompt: str | None, devi
         try:
             with working("comparing logits: base and adapter"):
                 with_lora = adapted(models, cls, device)
-                with_adapter, second = outputs(with_lora, tokens), _answer(with_lora, tokenizer, prompt)
+                with_adapter, second = outputs(with_lora, tokens), _answers(with_lora, tokenizer, prompts)
                 floor = noise(with_lora, tokens, with_adapter)
                 with with_lora.disable_adapter():
-                    without, first = outputs(with_lora, tokens), _answer(with_lora, tokenizer, prompt)
+                    without, first = outputs(with_lora, tokens), _answers(with_lora, tokenizer, prompts)
         except Exception as error:  # whatever transformers or PEFT raise about base and adapter
             raise CannotCompare(_reason(error)) from error
         del with_lora
@@ -80,16 +80,18 @@ def compare(models: Models, text: str, num_tokens: int, prompt: str | None, devi
         try:
             with working("comparing logits: merged model"):
                 merged = _merged(models, cls).eval().to(device)
-                with_merged, third = outputs(merged, tokens), _answer(merged, tokenizer, prompt)
+                with_merged, third = outputs(merged, tokens), _answers(merged, tokenizer, prompts)
         except (MemoryError, torch.OutOfMemoryError) as error:  # says nothing about the merge
             raise CannotCompare(_reason(error)) from error
         except Exception as error:
             raise MergedDoesNotRun(_reason(error)) from error
         next_tokens = following(tokens, cls, len(with_merged))
         figures = {**compared(with_adapter, without, with_merged, next_tokens), "kl_floor": floor}
-    answers = {"base": first, "adapter": second, "merged": third}
-    said = {"prompt": prompt, **answers} if prompt and None not in answers.values() else None
-    return Outcome({**figures, "tokens": tokens.numel()}, said, assumed)  # type: ignore[arg-type]
+    said = [
+        {"prompt": prompt, "base": one, "adapter": other, "merged": last}
+        for prompt, one, other, last in zip(prompts, first, second, third, strict=False)
+    ]
+    return Outcome({**figures, "tokens": tokens.numel()}, said or None, assumed)
 
 
 def _merged(models: Models, cls: Any) -> Any:
@@ -228,10 +230,14 @@ def noise(model: Any, tokens: Tensor, alone: Tensor) -> float:
     return float(divergence(alone[: len(values)], values).mean())
 
 
-def _answer(model: Any, tokenizer: Any, prompt: str | None) -> str | None:
-    """What the model says to the prompt, greedily; None where it cannot generate."""
-    if not prompt or tokenizer is None or not hasattr(model, "generate"):
-        return None
+def _answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """What the model says to each prompt, greedily; nothing where it cannot generate."""
+    if tokenizer is None or not hasattr(model, "generate"):
+        return []
+    return [_answer(model, tokenizer, prompt) for prompt in prompts]
+
+
+def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
     import torch
 
     if tokenizer.chat_template:
