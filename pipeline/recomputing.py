@@ -181,21 +181,23 @@ def added(
 
 def converted(output: Output, every: bool = False) -> Gate:
     """Samples, or every row, of what was decoded, cast or quantized: the base's values rounded once."""
-    folder, wrong, count = Written(output.folder), [], 0
+    keep_freed_memory()
+    folder = Written(output.folder)
     planned = {w.name: w for w in output.plan.weights}
-    for weight in output.merged.weights:
-        plan = planned[weight.name]
-        if plan.action in (Action.copied, Action.merged):
-            continue
-        count += 1
-        with weight.open("cpu") as tiles, _held(output, folder, weight, plan) as held:
+    asked = [w for w in output.merged.weights if planned[w.name].action not in (Action.copied, Action.merged)]
+
+    def task(weight: Weight) -> bool:
+        with weight.open("cpu") as tiles, _held(output, folder, weight, planned[weight.name]) as held:
             ranges = held.looked_at(every)
-            if not all(_is_converted(held, tiles(start, stop).value, start) for start, stop in ranges):
-                wrong.append(weight.name)
+            return all(_is_converted(held, tiles(start, stop).value, start) for start, stop in ranges)
+
+    tasks = (partial(task, weight) for weight in asked)
+    with plain_arithmetic(), in_order(tasks, num_workers(), num_workers()) as done:
+        wrong = [weight.name for weight, right in zip(asked, done, strict=True) if not right]
     wanted = "the base's values rounded once"
     if wrong:
         return Gate("converted", Status.failed, f"{wrong[0]} differs ({len(wrong)} weights)", wanted)
-    return Gate("converted", Status.passed, f"{count} weights as decoded", wanted)
+    return Gate("converted", Status.passed, f"{len(asked)} weights as decoded", wanted)
 
 
 def _is_converted(held: _Held, value: Tensor, start: int) -> bool:

@@ -13,6 +13,7 @@ Figures = Mapping[str, Any]
 
 _FIGURES = {
     "ratio": "KL(adapter || merged) / KL(adapter || base)",
+    "ratio_error": "its standard error",
     "ratio_interval": "its 95 % interval",
     "kl_adapter_base": "KL(adapter || base), mean",
     "kl_mean": "KL(adapter || merged), mean",
@@ -31,6 +32,7 @@ _FIGURES = {
     "perplexity_merged": "perplexity, merged",
     "perplexity_ratio": "merged / adapter",
     "perplexity_ratio_error": "its standard error",
+    "log_perplexity_correlation": "correlation of ln perplexity, token by token",
     "tokens": "tokens",
 }
 _EXTRACTED = {
