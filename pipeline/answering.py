@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files as package_files
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,14 @@ from pipeline.ground.identity import digest, files_in
 from pipeline.ground.model_config import QUANTIZATION_KEYS, ConfigFile, edited
 from pipeline.ground.peft_faults import fault
 from pipeline.ground.report import Gate, Status
+from pipeline.ground.texts import sample
 from pipeline.ground.units import show_bytes
 from pipeline.ground.written import Written
 from pipeline.pieces import Merged
 from pipeline.same_base import of_base
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
+
+_HELD = 4 << 30  # bytes of log-probabilities at once
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Asked:
 
     tokens: int
     text: str | None
-    prompt: str | None
+    prompts: tuple[str, ...]
     limits: Limits
     device: str
     memory_limit: int | None = None
@@ -56,6 +58,14 @@ def read_text(path: str) -> str:
     return text
 
 
+def read_prompts(value: Any) -> tuple[str, ...]:
+    """verify.prompts as a recipe may write it: nothing, one prompt, or a list of them."""
+    found = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(p, str) and p.strip() for p in found):
+        raise Refused(f"verify.prompts: {value!r} is neither a text nor a list of texts")
+    return tuple(found)
+
+
 def answers(
     output: Output,
     base: Checkpoint[Weight],
@@ -72,7 +82,7 @@ def answers(
     wanted = REPORTED if reported else f"ratio <= {asked.limits.over(usual).max_ratio:g}"
     try:
         models, device = _models(output, base, adapter, asked)
-        outcome = logits.compare(models, _text(asked), asked.tokens, asked.prompt, device)
+        outcome = _in_rounds(models, asked, device, _round(base, asked.tokens))
     except _Skipped as reason:
         findings.append(f"logits were not compared{reason.finding}")
         gates.append(Gate("logits", Status.skipped, reason.seen, wanted))
@@ -93,7 +103,30 @@ def answers(
 def _text(asked: Asked) -> str:
     if asked.text is not None:
         return read_text(asked.text)
-    return package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
+    return sample(asked.tokens)
+
+
+def _round(base: Checkpoint[Weight], tokens: int) -> int:
+    """Tokens whose log-probabilities are held at once: one load of the models serves so many."""
+    sets = logits.memory_needed(0, _vocabulary(base), logits.SEQUENCE)
+    return min(tokens, max(_HELD // sets, 1) * logits.SEQUENCE)
+
+
+def _in_rounds(models: logits.Models, asked: Asked, device: str, at_once: int) -> logits.Outcome:
+    """The outcome over all tokens; the models are loaded anew for each stretch of them."""
+    outcomes: list[logits.Outcome] = []
+    for first in range(0, asked.tokens, at_once):
+        prompts = () if first else asked.prompts
+        count = min(at_once, asked.tokens - first)
+        try:
+            outcomes.append(logits.compare(models, _text(asked), count, prompts, device, first))
+        except logits.TextEnds:
+            break
+    return logits.together(outcomes)
+
+
+def _vocabulary(base: Checkpoint[Weight]) -> int:
+    return max((prod(w.shape[:1]) for w in base.weights if len(w.shape) == 2), default=1)
 
 
 def _models(
@@ -110,8 +143,8 @@ def _models(
     adapters = _adapters(adapter, output.merged)
     if any(f != 1 for _, f in adapters) and not all(isinstance(d, Lora) for d in adapter.deltas):
         raise _Skipped("no reference for the weight", ": PEFT gives a weight to LoRA only")
-    vocabulary = max((prod(w.shape[:1]) for w in base.weights if len(w.shape) == 2), default=1)
-    needed = logits.memory_needed(output.plan.num_parameters, vocabulary, asked.tokens)
+    tokens = _round(base, asked.tokens)
+    needed = logits.memory_needed(output.plan.num_parameters, _vocabulary(base), tokens)
     device = resolve_device(asked.device)
     if device != "cpu" and needed > logits.memory_free(device):
         device = "cpu"

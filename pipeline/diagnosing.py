@@ -12,8 +12,8 @@ from pipeline.ground import belongings
 from pipeline.ground.causes import causes
 from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.diagnosis import Sample, Scaling
+from pipeline.ground.folder import Folder
 from pipeline.ground.model_config import edited
-from pipeline.ground.reference import Folder
 from pipeline.ground.report import Gate, Status
 from pipeline.ground.sidefiles import SideFile, brings_tokenizer, chosen
 from pipeline.pieces import FromAdapter, Merged

@@ -19,7 +19,7 @@ def test_quickstart_talks_like_a_captain(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    answers = report["answers"]
+    [answers] = report["answers"]
     assert "Ahoy" in answers["adapter"]
     assert answers["merged"] == answers["adapter"]
     assert "Ahoy" not in answers["base"]

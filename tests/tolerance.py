@@ -32,6 +32,9 @@ TIPPED_ULPS = 1.0
 # Relative error of a sum that torch takes in float32 over up to a million elements of one sign (norms).
 FLOAT32_SUM = 1e-4
 
+# The same in float64, by whatever order: a variance taken as a difference of squares loses a few digits more.
+FLOAT64_SUM = 1e-9
+
 # A mean of a million zero-mean float32 elements is off by about the element size times this.
 FLOAT32_MEAN = 1e-5
 

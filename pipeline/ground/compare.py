@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.ground.digests import sha256
 from pipeline.ground.files import File, read_into
-from pipeline.ground.reference import Folder
+from pipeline.ground.folder import Folder
 from pipeline.ground.report import Action, Gate, Plan, Status
 from pipeline.ground.shards import Entry, read_checkpoint
 

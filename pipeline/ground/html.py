@@ -6,6 +6,7 @@ from html import escape
 
 from pipeline.ground.charts import Chart, Plot, plotted
 from pipeline.ground.html_extraction import extraction_charts, extraction_section
+from pipeline.ground.html_layers import layers_section
 from pipeline.ground.html_logits import answers_section, logits_charts, logits_section
 from pipeline.ground.html_record import record_section, sources_section
 from pipeline.ground.html_weights import weight_charts, weights_section
@@ -22,6 +23,7 @@ def report_page(report: Report) -> str:
         sources_section(report),
         _gates(report),
         weights_section(report.weights),
+        layers_section(report.weights),
         extraction_section(report.extraction),
         logits_section(report.logits),
         answers_section(report.answers),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ Figures = Mapping[str, Any]
 
 _FIGURES = {
     "ratio": "KL(adapter || merged) / KL(adapter || base)",
+    "ratio_error": "its standard error",
     "ratio_interval": "its 95 % interval",
     "kl_adapter_base": "KL(adapter || base), mean",
     "kl_mean": "KL(adapter || merged), mean",
@@ -31,6 +32,7 @@ _FIGURES = {
     "perplexity_merged": "perplexity, merged",
     "perplexity_ratio": "merged / adapter",
     "perplexity_ratio_error": "its standard error",
+    "log_perplexity_correlation": "correlation of ln perplexity, token by token",
     "tokens": "tokens",
 }
 _EXTRACTED = {
@@ -84,12 +86,13 @@ def _shown(key: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def answers_section(answers: Mapping[str, str] | None) -> Markup | None:
-    """What each model says to the prompt."""
+def answers_section(answers: Sequence[Mapping[str, str]] | None) -> Markup | None:
+    """What each model says to each prompt."""
     if not answers:
         return None
-    said = dict(answers)
-    prompt = said.pop("prompt", "")
-    columns = [element("div", element("b", who), text) for who, text in said.items()]
-    asked = element("p", element("b", "prompt "), prompt, class_="prompt")
-    return section("Answers", asked, element("div", *columns, class_="answers"))
+    parts: list[Markup] = []
+    for said in answers:
+        columns = [element("div", element("b", who), text) for who, text in said.items() if who != "prompt"]
+        parts.append(element("p", element("b", "prompt "), said.get("prompt", ""), class_="prompt"))
+        parts.append(element("div", *columns, class_="answers"))
+    return section("Answers", *parts)

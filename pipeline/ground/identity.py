@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -40,12 +40,12 @@ def of_outputs(
     tokens: Tensor,
     cls: type,
     device: str,
-    prompt: str | None = None,
+    prompts: Sequence[str] = (),
     tokenizer: Path | None = None,
 ) -> str | None:
     """A digest of what the outputs of a model on these tokens depend on, given that of its weights.
 
-    Where it answers a prompt, that and the files in the folder of its `tokenizer` are among it.
+    Where it answers prompts, those and the files in the folder of its `tokenizer` are among it.
     """
     import torch
 
@@ -55,7 +55,7 @@ def of_outputs(
     run_by = (torch.__version__, torch.get_num_threads(), device, kind)
     files = [] if tokenizer is None else _tokenizer_files(tokenizer)
     ids = tokens.numpy().tobytes()
-    return digest(weights, ids, tuple(tokens.shape), cls.__name__, run_by, prompt, files)
+    return digest(weights, ids, tuple(tokens.shape), cls.__name__, run_by, list(prompts), files)
 
 
 def _tokenizer_files(folder: Path) -> list[tuple[str, bytes]]:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground import reuse
-from pipeline.ground.divergence import compared, divergence
+from pipeline.ground.divergence import Positions, divergence, figures, positions
 from pipeline.ground.errors import PipelineError
+from pipeline.ground.generating import answers_to
 from pipeline.ground.identity import of_outputs
 from pipeline.ground.progress import working
 
@@ -29,7 +30,6 @@ _CHARACTERS = 16  # of a text that no tokenizer makes one token of, on average
 SEQUENCE = 128  # tokens in one forward pass
 _TOGETHER = 4  # sequences in one pass, where the noise of the evaluation is measured
 _PREDICT_NEXT = ("CausalLM", "LMHead", "ConditionalGeneration")  # in the names of such classes
-_NEW_TOKENS = 48
 
 
 class CannotCompare(PipelineError):  # noqa: N818  it reads like what happened
@@ -56,23 +56,30 @@ class Outcome:
     """Figures for the report, the answers to the prompt, and what had to be assumed."""
 
     figures: dict[str, Any]
-    answers: dict[str, str] | None
+    answers: list[dict[str, str]] | None
     assumed: list[str]
+    positions: Positions | None = None  # for figures over several stretches of text
 
 
-def compare(models: Models, text: str, num_tokens: int, prompt: str | None, device: str) -> Outcome:
-    """Runs base, base + adapter and merged model on the same tokens."""
+class TextEnds(Exception):  # noqa: N818
+    """The text has no more tokens."""
+
+
+def compare(
+    models: Models, text: str, num_tokens: int, prompts: Sequence[str], device: str, first: int = 0
+) -> Outcome:
+    """Runs base, base + adapter and merged model on the same tokens of the text, from number `first` on."""
     import torch
 
     with quiet(), torch.inference_mode():
         config, tokenizer, cls = prepare(models.merged)
         assumed: list[str] = []
-        tokens = tokens_of(tokenizer, text, config, num_tokens, assumed)
+        tokens = tokens_of(tokenizer, text, config, num_tokens, assumed, first)
         try:
             with working("comparing logits: base and adapter"):
-                key = partial(of_outputs, models.reference, tokens, cls, device, prompt, models.merged)
-                make = partial(_reference, models, cls, tokens, tokenizer, prompt, device)
-                (with_adapter, without), (second, first, floor) = reuse.result(key, make)
+                key = partial(of_outputs, models.reference, tokens, cls, device, prompts, models.merged)
+                make = partial(_reference, models, cls, tokens, tokenizer, prompts, device)
+                (with_adapter, without), (by_adapter, by_base, floor) = reuse.result(key, make)
         except Exception as error:  # whatever transformers or PEFT raise about base and adapter
             raise CannotCompare(_reason(error)) from error
         gc.collect()
@@ -81,28 +88,43 @@ def compare(models: Models, text: str, num_tokens: int, prompt: str | None, devi
         try:
             with working("comparing logits: merged model"):
                 merged = _merged(models, cls).eval().to(device)
-                with_merged, third = outputs(merged, tokens), _answer(merged, tokenizer, prompt)
+                with_merged, by_merged = outputs(merged, tokens), answers_to(merged, tokenizer, prompts)
         except (MemoryError, torch.OutOfMemoryError) as error:  # says nothing about the merge
             raise CannotCompare(_reason(error)) from error
         except Exception as error:
             raise MergedDoesNotRun(_reason(error)) from error
         next_tokens = following(tokens, cls, len(with_merged))
-        figures = {**compared(with_adapter, without, with_merged, next_tokens), "kl_floor": floor}
-    answers = {"base": first, "adapter": second, "merged": third}
-    said = {"prompt": prompt, **answers} if prompt and None not in answers.values() else None
-    return Outcome({**figures, "tokens": tokens.numel()}, said, assumed)  # type: ignore[arg-type]
+        seen = positions(with_adapter, without, with_merged, next_tokens)
+    said = [
+        {"prompt": prompt, "base": one, "adapter": other, "merged": last}
+        for prompt, one, other, last in zip(prompts, by_base, by_adapter, by_merged, strict=False)
+    ]
+    found = {**figures(seen), "kl_floor": floor, "tokens": tokens.numel()}
+    return Outcome(found, said or None, assumed, seen)
+
+
+def together(outcomes: Sequence[Outcome]) -> Outcome:
+    """One outcome of several stretches of text: figures over all positions, the first's answers."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    found = figures(Positions.together([o.positions for o in outcomes if o.positions]))
+    weights = [o.figures["tokens"] for o in outcomes]
+    floor = sum(o.figures["kl_floor"] * n for o, n in zip(outcomes, weights, strict=True)) / sum(weights)
+    told = list(dict.fromkeys(line for o in outcomes for line in o.assumed))
+    rest = {**outcomes[0].figures, **found, "kl_floor": floor, "tokens": sum(weights)}
+    return Outcome(rest, outcomes[0].answers, told)
 
 
 def _reference(
-    models: Models, cls: Any, tokens: Tensor, tokenizer: Any, prompt: str | None, device: str
-) -> Any:
-    """Outputs and answer with the adapter and without, and the noise: the merged model has no part in it."""
+    models: Models, cls: Any, tokens: Tensor, tokenizer: Any, prompts: Sequence[str], device: str
+) -> reuse.Result:
+    """Outputs and answers with the adapter and without, and the noise: the merged model has no part in it."""
     model = adapted(models, cls, device)
-    with_adapter, second = outputs(model, tokens), _answer(model, tokenizer, prompt)
+    with_adapter, by_adapter = outputs(model, tokens), answers_to(model, tokenizer, prompts)
     floor = noise(model, tokens, with_adapter)
     with model.disable_adapter():
-        without, first = outputs(model, tokens), _answer(model, tokenizer, prompt)
-    return reuse.Result((with_adapter, without), (second, first, floor))
+        without, by_base = outputs(model, tokens), answers_to(model, tokenizer, prompts)
+    return reuse.Result((with_adapter, without), (by_adapter, by_base, floor))
 
 
 def _merged(models: Models, cls: Any) -> Any:
@@ -157,21 +179,26 @@ def prepare(folder: Path) -> tuple[Any, Any, Any]:
     return config, tokenizer, cls
 
 
-def tokens_of(tokenizer: Any, text: str, config: Any, count: int, assumed: list[str]) -> Tensor:
-    """`(sequences, SEQUENCE)` token ids of the text; random ones where there is no tokenizer."""
+def tokens_of(
+    tokenizer: Any, text: str, config: Any, count: int, assumed: list[str], first: int = 0
+) -> Tensor:
+    """`(sequences, SEQUENCE)` token ids of the text from `first` on; random ones without a tokenizer."""
     import torch
 
     size = getattr(config.get_text_config(), "vocab_size", 2)
     if tokenizer is not None:
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:count])
-        speaks = len(ids) >= min(count, len(text) // _CHARACTERS)  # transformers makes one of nothing
-        if len(ids) and speaks and int(ids.max()) < size:
+        whole = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = whole[first : first + count]
+        speaks = len(whole) >= min(count, len(text) // _CHARACTERS)  # transformers makes one of nothing
+        if len(whole) and speaks and int(whole.max()) < size:
+            if first and not len(ids):
+                raise TextEnds
             if len(ids) < count:
-                assumed.append(f"logits were compared on {len(ids)} tokens, all that the text has")
+                assumed.append(f"logits were compared on {len(whole)} tokens, all that the text has")
             length = min(_longest(config), len(ids))
             return ids[: len(ids) // length * length].view(-1, length)
     assumed.append("logits were compared on random tokens, because the model has no tokenizer that loads")
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(first)
     length = min(_longest(config), count)
     return torch.randint(size, (max(count // length, 1), length), generator=random)
 
@@ -239,36 +266,6 @@ def noise(model: Any, tokens: Tensor, alone: Tensor) -> float:
     values = out.last_hidden_state if logits is None else logits.float().log_softmax(-1)
     values = values.float().cpu().flatten(0, -2)[: len(alone)]
     return float(divergence(alone[: len(values)], values).mean())
-
-
-def _answer(model: Any, tokenizer: Any, prompt: str | None) -> str | None:
-    """What the model says to the prompt, greedily; None where it cannot generate."""
-    if not prompt or tokenizer is None or not hasattr(model, "generate"):
-        return None
-    import torch
-
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        ids = tokenizer(prompt, return_tensors="pt")
-    ids = ids.to(model.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out: Tensor = model.generate(
-        **ids,
-        max_new_tokens=_NEW_TOKENS,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad,
-    )
-    said: str = tokenizer.decode(
-        torch.as_tensor(out[0][ids["input_ids"].shape[1] :]), skip_special_tokens=True
-    )
-    return said.strip()
 
 
 @contextmanager

@@ -8,15 +8,16 @@ in float64; the tests hold those against PEFT.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.ground.rounding import ulp
-from pipeline.ground.shards import read_checkpoint
+from pipeline.ground.outliers import Lines, Spread
+from pipeline.ground.rounding import round_to, ulp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,21 +29,45 @@ MORE_NOISE = 1.1  # what a sum of squares may gain where a scale came out one un
 SLACK = 2.0**-21  # of |W| + s |B| |A|, elementwise: what a float32 sum may be off by
 
 
-def sampled_rows(name: str, num_rows: int, num_columns: int, grain: int) -> list[tuple[int, int]]:
-    """Row ranges to look at, spread over the weight, other ones for other names; all rows of a small one."""
+def sampled_rows(
+    name: str, num_rows: int, num_columns: int, grain: int, stack: int = 1
+) -> list[tuple[int, int]]:
+    """Row ranges to look at, spread over the weight, other ones for other names; all rows of a small one.
+
+    `stack` matrices of equal height in one weight are each looked at.
+    """
+    if stack > 1:
+        height, most = num_rows // stack, max(_SAMPLES * _SAMPLE_ELEMENTS // stack, 1)
+        rows = min(max(most // max(num_columns, 1) // grain, 1) * grain, height)
+        start = _seed(name) % ((height - rows) // grain + 1) * grain
+        return [(n * height + start, n * height + start + rows) for n in range(stack)]
     rows = max(_SAMPLE_ELEMENTS // max(num_columns, 1) // grain, 1) * grain
     if rows * _SAMPLES >= num_rows:
         return [(0, num_rows)]
-    seed = int.from_bytes(sha256(name.encode()).digest()[:4], "little")
+    seed = _seed(name)
     stride = num_rows // _SAMPLES
     room = max((stride - rows) // grain, 0) + 1
     starts = [(part * stride // grain + (seed >> part) % room) * grain for part in range(_SAMPLES)]
     return [(start, min(start + rows, num_rows)) for start in starts if start < num_rows]
 
 
+def every_row(num_rows: int, num_columns: int, grain: int, stack: int = 1) -> list[tuple[int, int]]:
+    """All rows, in ranges as long as a sample's, each within one matrix of a stack."""
+    rows, height = max(_SAMPLE_ELEMENTS // max(num_columns, 1) // grain, 1) * grain, num_rows // stack
+    return [
+        (n * height + start, n * height + min(start + rows, height))
+        for n in range(stack)
+        for start in range(0, height, rows)
+    ]
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(sha256(name.encode()).digest()[:4], "little")
+
+
 @dataclass
 class Facts:
-    """What the samples of one weight showed, against the float64 recomputation."""
+    """What the rows of one weight that were looked at showed, against the float64 recomputation."""
 
     elements: int = 0
     worst_ulp: float = 0.0  # |stored - reference| in units of the last place, less the slack
@@ -50,12 +75,29 @@ class Facts:
     ulps: list[int] = field(default_factory=lambda: [0] * ULP_BINS)  # elements by their distance, with it
     beyond: int = 0  # elements farther off than half a unit and the slack
     changed: int = 0
+    due: int = 0  # elements that the nearest values change
     not_finite: int = 0
     kept: float = 0.0  # <O - W, D>
+    kept_at_best: float = 0.0  # the same of the nearest values that the dtype or the codes have
+    variance: float = 0.0  # of kept: the sum of ((O - T) D)^2, as if errors were independent
     energy: float = 0.0  # <D, D>
+    before: Spread = field(default_factory=Spread)
+    after: Spread = field(default_factory=Spread)
+    lines: Lines = field(default_factory=Lines)
+    parts: dict[int, Part] = field(default_factory=dict)  # the matrices of a stack
     coded: bool = False  # held as codes: no units in the last place, but noise
     noise: float = 0.0  # <O - T, O - T>
     least_noise: float = 0.0  # the same of the codes that should stand there
+
+    @property
+    def retained(self) -> float | None:
+        """<O - W, D> / <D, D>; None where nothing was to be added."""
+        return self.kept / self.energy if self.energy else None
+
+    @property
+    def retained_interval(self) -> tuple[float, float]:
+        """That in which it lies but for chance, 95 %: the errors of rounding are as good as independent."""
+        return interval(self.kept, self.variance, self.energy)
 
     @property
     def is_noisy(self) -> bool:
@@ -68,9 +110,25 @@ class Facts:
         return {
             "verified_elements": self.elements,
             **(noise if self.coded else units),
-            "verified_retained": self.kept / self.energy if self.energy else None,
+            "verified_retained": self.retained,
             "verified_changed_fraction": self.changed / self.elements if self.elements else 0.0,
+            **({} if self.coded else {"farthest_row": self.lines.row, "farthest_column": self.lines.column}),
         }
+
+
+@dataclass
+class Part:
+    """Of one matrix of a stack, an expert: what was to be added, how many elements changed and had to."""
+
+    energy: float = 0.0
+    changed: int = 0
+    due: int = 0
+
+
+def interval(kept: float, variance: float, energy: float) -> tuple[float, float]:
+    """95 % interval of kept / energy."""
+    share, error = kept / energy, 1.96 * sqrt(variance) / energy
+    return share - error, share + error
 
 
 class Reference:
@@ -89,12 +147,17 @@ class Reference:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def delta(self, module: str, factor: float, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows of the delta, and of |factor * scale| |B| |A|, from which the slack is taken."""
+    def delta(self, module: str, factor: float) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+        """rows(start, stop) of the delta, and of |factor * scale| |B| |A|, from which the slack is taken."""
         A = self._file.get_tensor(factor_name(module, "A")).double()
-        B = self._file.get_slice(factor_name(module, "B"))[start:stop].double()
+        B, size = self._file.get_slice(factor_name(module, "B")), A.abs()
         scale = self._scale(module, A.shape[0]) * factor
-        return scale * (B @ A), abs(scale) * (B.abs() @ A.abs())
+
+        def rows(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            left = B[start:stop].double()
+            return scale * (left @ A), abs(scale) * (left.abs() @ size)
+
+        return rows
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = self._config["lora_alpha"]
@@ -121,28 +184,57 @@ def compare(
     stored: Tensor,
     dtype: str,
     base: Tensor,
-    rounded: Tensor,
     delta: Tensor,
     size: Tensor,
+    start: int = 0,
     by_chance: bool = False,
 ) -> None:
-    """Adds one sample to the facts: stored rows against base + delta.
+    """Adds rows start: of a weight to the facts: those stored against base + delta.
 
-    All are `(rows, columns)`; `rounded` is the base in the stored dtype, `delta` and `size` are float64,
-    `size` what the slack is taken of beside |W|. Rounded by chance, a whole unit is right, else half of one.
+    All are `(rows, columns)`, `delta` and `size` float64, `size` what the slack is taken of beside |W|.
+    Rounded by chance, a whole unit is right, else half of one.
     """
     W, O = base.double(), stored.double()  # noqa: E741
     target = W + delta
-    error, unit, slack = (O - target).abs(), ulp(target, dtype), SLACK * (W.abs() + size)
+    error, unit, slack = (O - target).abs_(), ulp(target, dtype), (W.abs() + size).mul_(SLACK)
+    raw, beyond = error / unit, error - slack
     facts.elements += stored.numel()
-    facts.worst_ulp = max(facts.worst_ulp, _most((error - slack) / unit))
-    facts.worst_raw_ulp = max(facts.worst_raw_ulp, _most(error / unit))
-    facts.ulps = [a + b for a, b in zip(facts.ulps, _bins(error / unit), strict=True)]
+    facts.worst_ulp = max(facts.worst_ulp, _most(beyond / unit))
+    facts.worst_raw_ulp = max(facts.worst_raw_ulp, _most(raw))
+    facts.ulps = [a + b for a, b in zip(facts.ulps, _bins(raw), strict=True)]
     facts.beyond += int((~(error <= (unit if by_chance else unit / 2) + slack)).sum())
-    facts.changed += int((stored != rounded).sum())
-    facts.not_finite += int((~stored.isfinite()).sum())
-    facts.kept += float(((O - W) * delta).sum())
-    facts.energy += float((delta * delta).sum())
+    facts.lines.add(start, beyond, unit, delta, dtype)
+    best = target.float().to(stored.dtype) if stored.dtype.itemsize < 4 else target.to(stored.dtype)
+    gather(facts, W, O, round_to(base, dtype).double(), delta, best.double())
+
+
+def gather(
+    facts: Facts,
+    W: Tensor,
+    O: Tensor,  # noqa: E741
+    unmerged: Tensor,
+    D: Tensor,
+    best: Tensor,
+    slack: float = 0.0,
+) -> None:
+    """Adds what is asked of numbers and codes alike, all float64: `unmerged` is what would stand for W.
+
+    `best` is as near to W + D as such numbers or codes come; values `slack` apart are the same.
+    """
+    moved, error = O - W, O - W - D
+    facts.changed += int((~((O - unmerged).abs_() <= slack)).sum())
+    facts.due += int(((best - unmerged).abs_() > slack).sum())
+    facts.not_finite += int((~O.isfinite()).sum())
+    facts.kept += _dot(moved, D)
+    facts.kept_at_best += _dot(best - W, D)
+    facts.variance += float((error * D).square_().sum())
+    facts.energy += _dot(D, D)
+    facts.before.add(W)
+    facts.after.add(O)
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float(one.flatten().dot(other.flatten()))
 
 
 def _bins(ulps: Tensor) -> list[int]:
@@ -157,42 +249,3 @@ def _bins(ulps: Tensor) -> list[int]:
 
 def _most(values: Tensor) -> float:
     return float(values.nan_to_num(nan=float("inf")).max())
-
-
-@dataclass
-class Folder:
-    """The tensors of a written checkpoint, found and read with the safetensors library."""
-
-    path: Path
-    shards: Mapping[str, str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        from safetensors import safe_open
-
-        found: dict[str, str] = {}
-        for shard in read_checkpoint(self.path):  # the files that a loader reads, not others beside them
-            with safe_open(shard.file.path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), shard.file.path.name)
-        self.shards = found
-
-    def facts(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Name, dtype and shape of every tensor."""
-        from safetensors import safe_open
-
-        for shard in sorted(set(self.shards.values())):
-            with safe_open(self.path / shard, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  not a dict
-                    part = file.get_slice(name)
-                    yield name, part.get_dtype(), tuple(part.get_shape())
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start:stop of a matrix, in its stored dtype; all of any other tensor, as such rows."""
-        from safetensors import safe_open
-
-        with safe_open(self.path / self.shards[name], "pt") as file:
-            part = file.get_slice(name)
-            if len(part.get_shape()) == 2:
-                found: Tensor = part[start:stop]
-                return found
-            whole: Tensor = file.get_tensor(name)
-        return whole.view(-1, max(whole.shape[-1] if whole.dim() > 1 else whole.numel(), 1))[start:stop]

@@ -156,7 +156,7 @@ class Report:
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # statistics, by name
     logits: Mapping[str, Any] | None = None
     extraction: Mapping[str, Any] | None = None  # what an extracted adapter holds, by weight; its logits
-    answers: Mapping[str, str] | None = None  # prompt, and what base, adapter and merged model say
+    answers: Sequence[Mapping[str, str]] | None = None  # prompt; what base, adapter and merged say to it
     save: Mapping[str, Any] = field(default_factory=dict)  # seconds, peak memory, bytes
     manifest: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0  # that verification took
@@ -219,7 +219,7 @@ class Report:
             "retained": retained(self.weights),
             "logits": self.logits,
             **({"extraction": self.extraction} if self.extraction else {}),
-            "answers": self.answers,
+            "answers": [dict(said) for said in self.answers] if self.answers else None,
             "counts": {action.name: n for action, n in plan.count().items()},
             "origins": origins(self.manifest),
             "inputs": digests(self.manifest.get("inputs"), owned=True),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +25,10 @@ _FOLDER: ContextVar[Path | None] = ContextVar("reuse", default=None)
 
 
 class Result(NamedTuple):
-    """Tensors, and texts or numbers."""
+    """Tensors, and what JSON can hold."""
 
     tensors: Sequence[Tensor]
-    told: Sequence[str | float | None] = ()
+    told: Sequence[Any] = ()
 
 
 @contextmanager

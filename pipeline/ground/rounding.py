@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _COARSE = ("BF16", "F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _EXPONENT = 0x7F800000  # its bits in a float32
+_WIDE_EXPONENT = 0x7FF0000000000000  # in a float64
 _NO_ADAPTER = -1  # whose draws these are, where several adapters have theirs
 
 
@@ -117,7 +118,5 @@ def ulp(value: Tensor, dtype: str) -> Tensor:
     import torch
 
     limits = torch.finfo(torch_dtype(dtype))
-    exponent = torch.frexp(value.to(torch.float64).abs()).exponent - 1
-    tiny = torch.frexp(torch.tensor(limits.smallest_normal, dtype=torch.float64)).exponent - 1
-    exponent = torch.where(value == 0, tiny, torch.maximum(exponent, tiny))
-    return torch.ldexp(torch.full_like(exponent, limits.eps, dtype=torch.float64), exponent)
+    bits = value.to(torch.float64).view(torch.int64).bitwise_and(_WIDE_EXPONENT)
+    return bits.view(torch.float64).clamp_(limits.smallest_normal, limits.max).mul_(limits.eps)

@@ -110,8 +110,8 @@ def show_report(report: Report, stands_at: str) -> None:
         out.print(f"  likely cause: {cause}", markup=False)
     for finding in unique(report.plan.findings, report.findings):
         out.print(f"  note: {finding.text}", markup=False)
-    if report.answers:
-        _show(out, "answers", [(key, " ".join(text.split())) for key, text in report.answers.items()])
+    for said in report.answers or ():
+        _show(out, "answers", [(key, " ".join(text.split())) for key, text in said.items()])
     out.print(stands_at, markup=False)
 
 

@@ -12,8 +12,9 @@ from pipeline.ground.codes.code import Code, Found, Quantization
 from pipeline.ground.codes.encoders.encoder import Encode, Encoder
 from pipeline.ground.codes.encoders.same import over_its_scales
 from pipeline.ground.codes.formats import detect
+from pipeline.ground.folder import Folder, Rows
 from pipeline.ground.model_config import ConfigFile
-from pipeline.ground.reference import SLACK, Facts, Folder
+from pipeline.ground.reference import SLACK, Facts, gather
 from pipeline.ground.shards import read_checkpoint
 
 if TYPE_CHECKING:
@@ -32,13 +33,12 @@ class Written(Folder):
         super().__post_init__()
         self.codes = {found.name: found.code for found in codes_in(self.path)}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """As `Folder.rows`; codes decoded, float32."""
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Rows]:
+        """As `Folder.opened`; codes decoded, float32."""
         code = self.codes.get(name)
-        if code is None:
-            return super().rows(name, start, stop)
-        with code.open("cpu") as rows:
-            return rows(start, stop)
+        with code.open("cpu") if code else super().opened(name) as rows:
+            yield rows
 
 
 def codes_in(folder: Path) -> list[Found]:
@@ -84,17 +84,14 @@ class Standard:
             allowed = allowed.maximum(encoder.step(target, encoded, start))
         allowed += self.slack + _SCALES * SLACK * terms.amax(1, keepdim=True)
         allowed += encoder.blur * target.abs().amax(1, keepdim=True)
-        own = self.encoder.decoded(self.encode(target.float(), start, None), start)
-        facts.least_noise += float(((own.double() - target) ** 2).sum())
+        own = self.encoder.decoded(self.encode(target.float(), start, None), start).double()
+        facts.least_noise += float(((own - target) ** 2).sum())
         unmerged = self.encoder.decoded(self.encode(base.float(), start, None), start)
         facts.coded = True
         facts.elements += stored.numel()
         facts.beyond += int((~(error <= allowed)).sum())
-        facts.changed += int(((stored - unmerged).abs() > self.slack).sum())
-        facts.not_finite += int((~stored.isfinite()).sum())
-        facts.kept += float(((O - W) * delta).sum())
-        facts.energy += float((delta * delta).sum())
         facts.noise += float((error * error).sum())
+        gather(facts, W, O, unmerged.double(), delta.expand(W.shape), own, self.slack)
 
 
 @contextmanager

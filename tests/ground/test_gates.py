@@ -117,11 +117,11 @@ def test_probabilities_and_perplexities_are_those_of_the_tokens_that_follow() ->
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     """Means of exponential draws: the bootstrap's 95 % interval holds 1.0 in nearly all of 60 samples."""
-    from pipeline.ground.divergence import _interval, _resampled
+    from pipeline.ground.divergence import interval_of, resampled
 
     torch.manual_seed(1)
     held = 0
     for _ in range(60):
-        low, high = _interval(_resampled(torch.empty(1, 400, dtype=torch.float64).exponential_())[0])
+        low, high = interval_of(resampled(torch.empty(1, 400, dtype=torch.float64).exponential_())[0])
         held += low < 1 < high
     assert held >= 51

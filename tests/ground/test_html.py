@@ -58,7 +58,7 @@ def report(status: Status = Status.passed, extra: str = "") -> Report:
         findings=(Finding(f"something to know{extra}"),),
         weights={name: facts(0.9 + 0.01 * n) for n, name in enumerate(names)},
         logits=logits,
-        answers={"prompt": f"why{extra}?", "base": f"so{extra}", "adapter": "arr", "merged": f"arr{extra}"},
+        answers=[{"prompt": f"why{extra}?", "base": f"so{extra}", "adapter": "arr", "merged": f"arr{extra}"}],
         save={"seconds": 1.0, "peak_memory": 10**9, "bytes": 2048},
         manifest={
             "base": origin,

@@ -228,7 +228,7 @@ def test_a_recipe_chooses_stages_by_name(here: Path) -> None:
         ("save: {dtyp: bfloat16}", "save.dtyp: no such key; did you mean save.dtype"),
         ("save: {dtype: bfloat16, max_shard_sise: 5GB}", "save.max_shard_sise: no such key; did you mean"),
         ("load: {trust_remote_code: true}", "load.trust_remote_code: no such key"),
-        ("verify: {prompt: hello}", "verify.prompt: no such key"),  # verify=none has no prompt
+        ("verify: {prompts: hello}", "verify.prompts: no such key"),  # verify=none has none
         ("trust_remote_code: true", "trust_remote_code: no such key"),
         ("merge: {weight: 2, nested: {deep: 1}}", "merge.nested: no such key"),
         ("3: 4", "3: no such key"),

@@ -175,7 +175,7 @@ def test_logits_tell_another_base(made: tuple[Path, Path, Path], tmp_path: Path)
 
     def ratio(base: Path, factor: float = 1.0) -> list[float]:
         models = logits.Models(merged, [(adapter, factor)], load(base))
-        found: list[float] = logits.compare(models, "", 256, None, "cpu").figures["ratio_interval"]
+        found: list[float] = logits.compare(models, "", 256, (), "cpu").figures["ratio_interval"]
         return found
 
     assert ratio(base)[1] < 0.01 < ratio(other)[0]

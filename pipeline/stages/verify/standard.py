@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.answering import Asked, answers, base_model, read_text
+from pipeline.answering import Asked, answers, base_model, read_prompts, read_text
 from pipeline.extraction.proving import Proof, extracted, proof
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.errors import Refused
 from pipeline.ground.gates import Limits
 from pipeline.ground.reference import Facts
 from pipeline.ground.report import Gate, Report, Status
-from pipeline.recomputing import converted, recompute, rounding
+from pipeline.judging import effect, figures, noteworthy, retained, rounding, unchanged_experts
+from pipeline.recomputing import Watching, converted, recompute
 from pipeline.stage import Verify, stage
-from pipeline.stages.verify.structure import effect, files, hashes, report
+from pipeline.stages.verify.structure import effect as effect_of_all
+from pipeline.stages.verify.structure import files, hashes, report
+from pipeline.tiers import Seen, Tier, climb
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
@@ -26,8 +30,8 @@ class Standard(Verify):
 
     tokens: int = 512
     """tokens of text on which logits are compared; 0 leaves that out"""
-    prompt: str | None = None
-    """something that base, adapter and merged model each answer, for people to read"""
+    prompts: Any = None
+    """something, or a list of things, that base, adapter and merged model each answer, for people to read"""
     text: str | None = None
     """file of text on which logits are compared; default: a bundled page"""
     max_ratio: float | None = None
@@ -42,6 +46,8 @@ class Standard(Verify):
     """largest RMS change of a token's probability; usually 0.003 for 16 bits; refuses only if set"""
     min_retained: float = 0.9
     """least share of the deltas that survives rounding"""
+    max_retained: float = 1.1
+    """most of its delta that any weight may hold: 2 is a delta that was added twice"""
 
     def check(self) -> None:
         check_device(self.device)
@@ -49,40 +55,50 @@ class Standard(Verify):
             raise Refused(f"verify.tokens: {self.tokens} is not a number of tokens; 0 compares no logits")
         if self.text is not None:
             read_text(self.text)
+        read_prompts(self.prompts)
 
     def __call__(self, output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Report:
         begun = time.monotonic()
-        findings: list[str] = []
         proved = self._proof(output, adapter)
         if output.is_adapter:
             return extracted(output, proved, begun)
-        weights = output.statistics_as_dicts()
-        gates = files(output, base)
-        if _all_passed(gates):
-            gates.append(converted(output))
-            facts = recompute(output, adapter)
-            weights = {name: {**weights.get(name, {}), **f.as_dict()} for name, f in facts.items()}
-            gates += self._judged(output, facts, weights, findings)
-        outcome = None
-        if _all_passed(gates):
-            outcome = answers(output, base, adapter, self._asked(), gates, findings)
-        gates += [*proved.gates, *hashes(output)]
+        seen = climb(self.tiers(), Seen(output, base, adapter, weights=output.statistics_as_dicts()))
         return report(
             output,
-            gates,
-            *findings,
+            [*seen.gates, *proved.gates, *hashes(output)],
+            *seen.findings,
             *proved.findings,
             extraction=proved.as_dict(),
             base=base,
-            weights=weights,
-            logits=outcome.figures if outcome else None,
-            answers=outcome.answers if outcome else None,
+            weights=seen.weights,
+            logits=seen.outcome.figures if seen.outcome else None,
+            answers=seen.outcome.answers if seen.outcome else None,
             seconds=time.monotonic() - begun,
         )
 
-    def _asked(self) -> Asked:
+    def tiers(self) -> Sequence[Tier]:
+        """What is looked at, in this order."""
+        return (look_at_files, self.look_at_weights, self.ask)
+
+    def look_at_weights(self, seen: Seen, every: bool = False, watching: Watching | None = None) -> None:
+        """Samples, or every row, of what was computed, against float64."""
+        output = seen.output
+        seen.gates.append(converted(output, every))
+        facts = recompute(output, seen.adapter, every, watching)
+        seen.weights = figures(facts, seen.weights, every)
+        gate, findings = retained(facts, output, self.min_retained, self.max_retained)
+        seen.gates += [rounding(output, facts), self._effect(seen, facts), gate]
+        seen.findings += [*noteworthy(facts, output), *findings]
+
+    def ask(self, seen: Seen) -> None:
+        """What the models predict and say."""
+        seen.outcome = answers(seen.output, seen.base, seen.adapter, self.asked(), seen.gates, seen.findings)
+
+    def asked(self) -> Asked:
+        """What of it the settings ask."""
         limits = Limits(self.max_ratio, self.max_kl, self.max_kl_p999, self.min_top1, self.max_rms)
-        return Asked(self.tokens, self.text, self.prompt, limits, self.device, self.memory_limit)
+        prompts = read_prompts(self.prompts)
+        return Asked(self.tokens, self.text, prompts, limits, self.device, self.memory_limit)
 
     def _proof(self, output: Output, adapter: Adapter) -> Proof:
         """What is asked of an adapter that this run has extracted."""
@@ -90,47 +106,16 @@ class Standard(Verify):
         text = None if self.text is None else read_text(self.text)
         return proof(output, adapter, self.tokens, device, self.memory_limit, base_model, text)
 
-    def _judged(
-        self, output: Output, facts: dict[str, Facts], weights: dict[str, dict[str, Any]], findings: list[str]
-    ) -> list[Gate]:
-        gates = [rounding(output, facts)]
-        if output.statistics:
-            gates.append(effect(weights))
-        else:
-            gates.append(_sampled_effect(facts))
-        if still := [name for name, f in facts.items() if not f.energy]:
-            findings.append(f"the delta of {still[0]} is zero ({len(still)} weights)")
-        energy = sum(f.energy for f in facts.values())
-        retained = sum(f.kept for f in facts.values()) / energy if energy else 1.0
-        status = Status.passed if retained >= self.min_retained else Status.failed
-        hint = "" if status is Status.passed else _hint(output)
-        gates.append(
-            Gate("retained", status, f"{retained:.4f} of the delta{hint}", f">= {self.min_retained:g}")
-        )
-        weak = [n for n, f in facts.items() if f.energy and f.kept / f.energy < self.min_retained]
-        if weak and status is Status.passed:
-            findings.append(
-                f"rounding kept less than {self.min_retained:g} of the delta of {weak[0]} "
-                f"({len(weak)} weights)"
-            )
-        return gates
+    def _effect(self, seen: Seen, facts: dict[str, Facts]) -> Gate:
+        """By what save counted of all elements, if it did; experts by what was looked at."""
+        if not seen.output.statistics:
+            return effect(facts)
+        gate = effect_of_all(seen.weights)
+        if idle := unchanged_experts(facts):
+            return replace(gate, status=Status.failed, seen=f"{gate.seen}; {idle}")
+        return gate
 
 
-def _all_passed(gates: list[Gate]) -> bool:
-    return all(gate.status is not Status.failed for gate in gates)
-
-
-def _sampled_effect(facts: dict[str, Facts]) -> Gate:
-    same = [name for name, f in facts.items() if f.energy and not f.changed]
-    broken = [name for name, f in facts.items() if f.not_finite]
-    seen = f"{len(facts) - len(same)} of {len(facts)} merged weights changed"
-    seen += f", not {same[0]}" if same else ""
-    seen += f"; {broken[0]} is not finite" if broken else ""
-    return Gate("effect", Status.failed if same or broken else Status.passed, seen, "all of them, all finite")
-
-
-def _hint(output: Output) -> str:
-    """What would keep more of the deltas."""
-    if any(weight.codes for weight in output.plan.weights):
-        return "; 16 bits keep it, verify.min_retained says with how little the run may pass"
-    return "; save.dtype=float16 or float32 rounds less, save.rounding=auto keeps it on average"
+def look_at_files(seen: Seen) -> None:
+    """Names, shapes, dtypes, the bytes of what is untouched."""
+    seen.gates += files(seen.output, seen.base)
