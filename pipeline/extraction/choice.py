@@ -10,8 +10,10 @@ from enum import Enum
 from pipeline.extraction.differences import Change
 from pipeline.extraction.pairs import Pair
 from pipeline.extraction.parameters import Parameter
+from pipeline.ground.base_modules import prefixes
+from pipeline.ground.deltas.lora_family import DECLARED
 from pipeline.ground.errors import Refused
-from pipeline.ground.model_modules import Kind
+from pipeline.ground.model_modules import Kind, Model
 from pipeline.ground.names import nearest
 from pipeline.ground.report import Finding
 
@@ -40,6 +42,7 @@ def choose(
     targeted: Sequence[str] | None,
     saved: Sequence[str] | None,
     rest: Rest,
+    model: Model | None = None,
 ) -> Chosen:
     """Sorts the changed ones; Refused, with every reason. Without `changes` all count as changed."""
     last = {parameter.module.rpartition(".")[2] for parameter in parameters}
@@ -70,20 +73,23 @@ def choose(
         vectors = [p for p in changed if p not in matrices]
         bias_only = bool(matrices) and all(p.place.parameter == "bias" for p in vectors)
         bare = bool(matrices) and all(p.place.kind is Kind.parameter for p in matrices)
+        reason = _no_lora(module, matrices, vectors if bare or not bias_only else [], modules, changes)
         if to_save or (to_target and not matrices) or (targeted is None and not matrices and _grew(changed)):
             whole += held
-        elif matrices and (not vectors or (bias_only and not bare)):
+        elif matrices and not reason:
             lora += matrices
             biases += [p for p in held if p.place.parameter == "bias" and not bare]
-        elif matrices:
-            wrong.append(
-                f"finetune: {vectors[0].name} changed beside a matrix of {module}, which no LoRA holds; "
-                f"add {module} to saved_modules"
-            )
+        elif matrices and targeted is not None and rest is not Rest.save:
+            wrong.append(f"finetune: {reason}; add {module} to saved_modules")
         elif rest is Rest.save:
             whole += held
         else:
             left += changed
+    whole, told = _with_what_is_within(whole, parameters, model, changes)
+    kept = {p.name for p in whole}
+    lora, biases, left = ([p for p in some if p.name not in kept] for some in (lora, biases, left))
+    findings += told
+    wrong += _shared_by_many(whole, model, changes)
     if left and rest is Rest.refuse:
         wrong.append(_unmeant(left, changes))
     elif left:
@@ -100,6 +106,69 @@ def choose(
         rows = f"{pair.tuned.shape[0]} rows, the base's {pair.base.shape[0]}"
         findings.append(Finding(f"{grown[0].name} has {rows}: it is saved whole"))
     return Chosen(tuple(lora), tuple(whole), tuple(biases), tuple(findings))
+
+
+def _no_lora(
+    module: str,
+    matrices: Sequence[Parameter],
+    vectors: Sequence[Parameter],
+    modules: Mapping[str, Sequence[Parameter]],
+    changes: Mapping[str, Change] | None,
+) -> str:
+    """Why PEFT cannot keep these matrices of a module as LoRA, or nothing."""
+    if vectors:
+        return f"{vectors[0].name} changed beside a matrix of {module}, which no LoRA holds"
+    bare = [p for p in matrices if p.place.kind is Kind.parameter]
+    if len(bare) > 1 and not {p.place.parameter for p in bare} <= set(DECLARED):
+        return f"{bare[0].name} and {bare[1].name} changed, bare parameters whose order no adapter tells"
+    beneath = (p for name, held in modules.items() if bare and name.startswith(f"{module}.") for p in held)
+    if below := next((p for p in beneath if changes is None or p.change(changes).changed), None):
+        return f"{below.name} changed beneath the bare parameter {bare[0].name}, and PEFT would rename it"
+    return ""
+
+
+def _with_what_is_within(
+    whole: Sequence[Parameter],
+    parameters: Sequence[Parameter],
+    model: Model | None,
+    changes: Mapping[str, Change] | None,
+) -> tuple[list[Parameter], list[Finding]]:
+    """All parameters of the modules that are saved whole: PEFT saves the modules in them along."""
+    tops = {p.module for p in whole}
+    tops = {name for name in tops if not any(above in tops for above in list(prefixes(name))[:-1])}
+    found = list(whole)
+    kept = {p.name for p in whole}
+    findings = []
+    within = [p for p in parameters if p.name not in kept and tops.intersection(prefixes(p.module))]
+    found += within
+    if taken := [p for p in within if p.takes_lora and (changes is None or p.change(changes).changed)]:
+        top = next(iter(tops.intersection(prefixes(taken[0].module))))
+        findings.append(
+            Finding(f"{taken[0].name} is saved whole, as part of {top} ({len(taken)} matrices so)")
+        )
+    return found, findings
+
+
+def _shared_by_many(
+    whole: Sequence[Parameter], model: Model | None, changes: Mapping[str, Change] | None
+) -> list[str]:
+    """Sentences about tensors that several modules share, of which PEFT would save a copy for one alone."""
+    wrong = []
+    ways_out = "no adapter that PEFT loads changes all of them; extract.rest=skip leaves it out"
+    for p in whole:
+        if p.place.is_one_of_many and (changes is None or p.change(changes).changed):
+            wrong.append(f"finetune: {p.name} changed, which is also {_listed(p.place.shared)}; {ways_out}")
+    names, tops = {p.name for p in whole}, {p.module for p in whole}
+    for place in model.places.values() if model and not wrong else ():
+        if place.shared and place.name not in names and tops.intersection(prefixes(place.module)):
+            owner = next(iter(tops.intersection(prefixes(place.module))))
+            told = f"finetune: {owner} can only be saved whole, but its {place.name} is also"
+            wrong.append(f"{told} {_listed(place.shared)}; {ways_out}")
+    return wrong
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
 
 
 def _grew(changed: Iterable[Parameter]) -> bool:

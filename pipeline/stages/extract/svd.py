@@ -174,7 +174,9 @@ class Svd(Extract):
         saved = self.saved_modules
         if not self.finetune and saved is None:
             saved = tuple(f"re:{re.escape(name)}" for name in _saved_by_adapters(self._pairs))
-        chosen = choose(self._parameters[0], self._changes, self.targeted_modules, saved or None, self.rest)
+        chosen = choose(
+            self._parameters[0], self._changes, self.targeted_modules, saved or None, self.rest, self._model
+        )
         if not chosen.lora:
             raise Refused(
                 f"targeted_modules: only {chosen.saved[0].name} and the like changed, and PEFT takes no "
@@ -193,7 +195,8 @@ class Svd(Extract):
     def _layout(self) -> Layout:
         origin, said = self._base.origin, self._base.config.read()
         shares = self._base.config.tied is not False and self._tuned.config.tied is not False
-        heads = {pair.name for pair in self._pairs if pair.name.endswith("lm_head.weight")}
+        head = self._model.head if self._model else "lm_head" if self._base.config.tied else None
+        own = any(head and pair.name.endswith(f"{head}.weight") for pair in self._pairs)
         return Layout(
             alpha=self.alpha,
             alpha_pattern=self.alpha_pattern,
@@ -203,7 +206,7 @@ class Svd(Extract):
             revision=origin.commit,
             architectures=said.get("architectures") or [],
             modules=self._model.modules if self._model else (),
-            tied=bool(self._base.config.tied) and shares and not heads,
+            head=head if shares and not own else None,
         )
 
     @property
