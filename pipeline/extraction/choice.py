@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -14,7 +14,7 @@ from pipeline.ground.base_modules import prefixes
 from pipeline.ground.deltas.lora_family import DECLARED
 from pipeline.ground.errors import Refused
 from pipeline.ground.model_modules import Kind, Model
-from pipeline.ground.names import nearest
+from pipeline.ground.names import matches, nearest
 from pipeline.ground.report import Finding
 
 
@@ -36,15 +36,31 @@ class Chosen:
     findings: tuple[Finding, ...] = ()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a recipe says of it."""
+
+    targeted: Sequence[str] | None
+    saved: Sequence[str] | None
+    rest: Rest
+    exceeds: Callable[[Parameter], bool]
+    """whether the rank for all modules is more than a parameter's matrix has"""
+
+    def takes_lora(self, p: Parameter) -> bool:
+        """Whether it is to be of low rank; a table or a router that is too small for the rank need not be."""
+        if self.targeted is not None:
+            return p.is_meant(self.targeted)
+        return p.takes_lora and not (p.place.kind in (Kind.parameter, Kind.embedding) and self.exceeds(p))
+
+
 def choose(
     parameters: Sequence[Parameter],
     changes: Mapping[str, Change] | None,
-    targeted: Sequence[str] | None,
-    saved: Sequence[str] | None,
-    rest: Rest,
+    asked: Asked,
     model: Model | None = None,
 ) -> Chosen:
     """Sorts the changed ones; Refused, with every reason. Without `changes` all count as changed."""
+    targeted, saved, rest = asked.targeted, asked.saved, asked.rest
     last = {parameter.module.rpartition(".")[2] for parameter in parameters}
     wrong = [
         f"{key}: '{pattern}' matches no module{nearest(pattern, last)}"
@@ -59,15 +75,17 @@ def choose(
     whole: list[Parameter] = []
     biases: list[Parameter] = []
     left: list[Parameter] = []
+    doubly: list[str] = []
+    unable: list[str] = []
     findings: list[Finding] = []
     for module, held in modules.items():
         changed = [p for p in held if changes is None or p.change(changes).changed]
         if not changed:
             continue
         to_save = [p for p in changed if p.is_meant(saved or ())]
-        to_target = [p for p in changed if (p.takes_lora if targeted is None else p.is_meant(targeted))]
-        if both := [p for p in to_target if p in to_save and targeted is not None]:
-            wrong.append(f"saved_modules: {both[0].module} is meant by targeted_modules too; leave it in one")
+        to_target = [p for p in changed if asked.takes_lora(p)]
+        if targeted is not None and any(p in to_save for p in to_target):
+            doubly.append(module)
             continue
         matrices = [p for p in to_target if p.takes_lora and p not in to_save]
         vectors = [p for p in changed if p not in matrices]
@@ -80,7 +98,7 @@ def choose(
             lora += matrices
             biases += [p for p in held if p.place.parameter == "bias" and not bare]
         elif matrices and targeted is not None and rest is not Rest.save:
-            wrong.append(f"finetune: {reason}; add {module} to saved_modules")
+            unable.append(f"finetune: {reason}; add {module} to saved_modules")
         elif rest is Rest.save:
             whole += held
         else:
@@ -89,7 +107,7 @@ def choose(
     kept = {p.name for p in whole}
     lora, biases, left = ([p for p in some if p.name not in kept] for some in (lora, biases, left))
     findings += told
-    wrong += _shared_by_many(whole, model, changes)
+    wrong += [*_meant_twice(doubly), *unable[:1], *_shared_by_many(whole, model, changes)]
     if left and rest is Rest.refuse:
         wrong.append(_unmeant(left, changes))
     elif left:
@@ -106,6 +124,20 @@ def choose(
         rows = f"{pair.tuned.shape[0]} rows, the base's {pair.base.shape[0]}"
         findings.append(Finding(f"{grown[0].name} has {rows}: it is saved whole"))
     return Chosen(tuple(lora), tuple(whole), tuple(biases), tuple(findings))
+
+
+def check_patterns(parameters: Sequence[Parameter], tables: Mapping[str, Mapping[str, float]]) -> None:
+    """Refused for patterns of rank_pattern and alpha_pattern that mean nothing that LoRA can be put on."""
+    able = [p for p in parameters if p.takes_lora]
+    last = {p.module.rpartition(".")[2] for p in able}
+    wrong = [
+        f"{key}: '{pattern}' matches no module with a matrix{nearest(pattern, last)}"
+        for key, table in tables.items()
+        for pattern in table
+        if not any(matches(name, pattern) for p in able for name in (p.rank_name, p.module))
+    ]
+    if wrong:
+        raise Refused(*wrong)
 
 
 def _no_lora(
@@ -149,6 +181,12 @@ def _with_what_is_within(
     return found, findings
 
 
+def _meant_twice(modules: Sequence[str]) -> Iterator[str]:
+    if modules:
+        more = f" ({len(modules)} such modules)" if len(modules) > 1 else ""
+        yield f"saved_modules: {modules[0]} is meant by targeted_modules too{more}; leave it in one"
+
+
 def _shared_by_many(
     whole: Sequence[Parameter], model: Model | None, changes: Mapping[str, Change] | None
 ) -> list[str]:
@@ -186,11 +224,10 @@ def _unmeant(left: Sequence[Parameter], changes: Mapping[str, Change] | None, en
     return told + ("; name it in one of them, or set extract.rest=save or skip" if ends else "")
 
 
-def without_place(homeless: Sequence[Pair], changes: Mapping[str, Change]) -> list[Finding]:
+def without_place(homeless: Sequence[Pair], changes: Mapping[str, Change], rest: Rest) -> list[Finding]:
     """Weights that changed though no model in memory has them: PEFT cannot hold them."""
     changed = [pair.name for pair in homeless if changes[pair.name].changed]
-    if not changed:
-        return []
-    return [
-        Finding(f"{changed[0]} changed, but transformers' model has no such weight ({len(changed)} left out)")
-    ]
+    told = f"{changed[0]} changed, but transformers' model has no such weight" if changed else ""
+    if changed and rest is Rest.refuse:
+        raise Refused(f"finetune: {told} ({len(changed)} weights); extract.rest=save or skip leaves them out")
+    return [Finding(f"{told} ({len(changed)} left out)")] if changed else []

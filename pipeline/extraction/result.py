@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extraction.choice import Chosen
@@ -105,23 +106,41 @@ def ranks(chosen: Chosen, rule: Rule, dtype: str, decomposed: Sequence[Sequence[
     longest = [max((len(d.S) for d in matrices), default=0) for matrices in decomposed]
     if not isinstance(rule.rank, Budget):
         return longest
-    element = num_bytes(dtype, (1,)) or 1
-    budget = rule.rank.amount // element if rule.rank.in_bytes else rule.rank.amount
-    budget -= sum(saved_bytes(p) for p in (*chosen.saved, *chosen.biases)) // element
     free = [n for n, p in enumerate(chosen.lora) if rule.fixed(p) is None]
-    budget -= sum(
-        num_parameters(p, longest[n]) for n, p in enumerate(chosen.lora) if rule.fixed(p) is not None
-    )
     spectra = [_spectrum(decomposed[n], longest[n]) for n in free]
     costs = [num_parameters(chosen.lora[n], 1) for n in free]
-    filled = water_filled(spectra, costs, max(budget, 0), rule.multiple_of)
+    filled = water_filled(spectra, costs, _purse(chosen, rule, rule.rank, dtype), rule.multiple_of)
     for n, rank in zip(free, filled, strict=True):
         longest[n] = rank
-    if not any(longest):
-        raise Refused(
-            f"rank: a budget of {rule.rank.amount:,} leaves nothing for any module; give a larger one"
-        )
     return longest
+
+
+def check_budget(chosen: Chosen, rule: Rule, dtype: str) -> None:
+    """Refused for a budget that buys no rank at all."""
+    if not isinstance(rule.rank, Budget):
+        return
+    free = [p for p in chosen.lora if rule.fixed(p) is None]
+    steps = [num_parameters(p, min(rule.multiple_of, rule.most(p))) for p in free]
+    left = _purse(chosen, rule, rule.rank, dtype)
+    if left < min(steps, default=0):
+        rest = (
+            ", after what is saved whole or has its rank by rank_pattern"
+            if len(free) < len(chosen.lora) or chosen.saved
+            else ""
+        )
+        raise Refused(
+            f"rank: a budget of {rule.rank.amount:,} leaves nothing for any module{rest}; give a larger one"
+        )
+
+
+def _purse(chosen: Chosen, rule: Rule, budget: Budget, dtype: str) -> int:
+    """Parameters that a budget leaves to the modules whose ranks it decides."""
+    whole = (*chosen.saved, *chosen.biases)
+    if budget.in_bytes:
+        left = (budget.amount - sum(map(saved_bytes, whole))) // (num_bytes(dtype, (1,)) or 1)
+    else:
+        left = budget.amount - sum(p.num_copies * prod(p.shape) for p in whole)
+    return left - sum(num_parameters(p, rule.most(p)) for p in chosen.lora if rule.fixed(p) is not None)
 
 
 def _spectrum(matrices: Sequence[Decomposed], count: int) -> list[float]:

@@ -78,7 +78,7 @@ class Held(NamedTuple):
 
 def num_parameters(parameter: Parameter, rank: int) -> int:
     """Elements of its factors."""
-    return rank * sum(parameter.matrix) * len(parameter.matrices)
+    return rank * sum(parameter.matrix) * len(parameter.matrices) * parameter.num_copies
 
 
 def tensors(
@@ -171,10 +171,9 @@ def _whole(key: str, p: Parameter) -> Held:
 def saved_bytes(p: Parameter) -> int:
     """Bytes of a parameter that is saved whole."""
     tensor = _whole("", p)
-    return num_bytes(tensor.dtype, tensor.shape) or 0
+    return (num_bytes(tensor.dtype, tensor.shape) or 0) * p.num_copies
 
 
 def last_of(parameter: Parameter) -> str:
     """The last name of its module."""
     return parameter.module.rpartition(".")[2]
-

@@ -125,7 +125,11 @@ def _places(model: Any) -> Iterator[Place]:
     heads = next((TASK_HEADS[t] for end, t in TASKS.items() if type(model).__name__.endswith(end)), ())
     kinds = {path: _kind(path, module, stacks) for path, module in model.named_modules()}
     for path, module in model.named_modules():
-        kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
+        kept = {
+            n: b
+            for n, b in module.named_buffers(recurse=False)
+            if n not in module._non_persistent_buffers_set
+        }
         for name, value in (*module.named_parameters(recurse=False), *kept.items()):
             shape, kind = tuple(value.shape), kinds[path]
             whole = f"{path}.{name}".lstrip(".")
@@ -152,14 +156,14 @@ def _kind(path: str, module: Any, stacks: bool) -> Kind:
         ((nn.Conv1d, nn.Conv2d, nn.Conv3d), Kind.kernel),
         (nn.MultiheadAttention, Kind.other),
     )
-    cls, kind = next(((c, k) for c, k in sorts if isinstance(module, c)), (type(module), Kind.parameter))
+    kind = next((kind for cls, kind in sorts if isinstance(module, cls)), Kind.parameter)
     if kind is Kind.kernel and module.groups > 1:
         return Kind.other
     if stacks and kind is Kind.linear and path.rpartition(".")[2] in _TAKEN_FOR_EXPERTS:
         return Kind.parameter
     if kind in (Kind.linear, Kind.embedding) and not hasattr(module, "embed_scale"):
         # A forward of its own (a router that answers with two tensors, positions by a mask) is not PEFT's.
-        return kind if type(module).forward is cls.forward else Kind.parameter
+        return kind if type(module).forward in (nn.Linear.forward, nn.Embedding.forward) else Kind.parameter
     return kind
 
 

@@ -1,4 +1,4 @@
-"""extract=svd on every architecture of tests/architectures.py: PEFT takes all of it, and answers as the fine-tune.
+"""extract=svd on all of tests/architectures.py: PEFT takes every key, and answers as the fine-tune.
 
 All parameters of the fine-tune differ, norms, biases, routers and embeddings too.
 """
@@ -95,7 +95,10 @@ def test_at_full_rank_base_and_adapter_answer_as_the_fine_tune(name: str, tmp_pa
 def test_a_change_of_what_many_modules_share_is_refused_or_left_out(name: str, tmp_path: Path) -> None:
     cls = pair(tmp_path, SHARED[name])
     folders = (tmp_path / "base", tmp_path / "tuned")
-    with quiet(), pytest.raises(Refused, match=r"shared\.weight changed, which is also .* and lm_head\.weight"):
+    with (
+        quiet(),
+        pytest.raises(Refused, match=r"shared\.weight changed, which is also .* and lm_head\.weight"),
+    ):
         extract(*folders, tmp_path / "out", rank=ALL)
     with quiet():
         report = extract(*folders, tmp_path / "out", rank=ALL, rest=Rest.skip)

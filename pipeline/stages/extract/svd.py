@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dequantizing import dense
-from pipeline.extraction.choice import Chosen, Rest, choose, without_place
+from pipeline.extraction.choice import Asked, Chosen, Rest, check_patterns, choose, without_place
 from pipeline.extraction.decomposing import Rule, bytes_needed, decompose, workers_for
 from pipeline.extraction.differences import Change, compare
 from pipeline.extraction.pairs import Pair, paired
 from pipeline.extraction.parameters import Parameter, parameters
-from pipeline.extraction.result import Extraction, facts, most_bytes, planned, ranks
+from pipeline.extraction.result import Extraction, check_budget, facts, most_bytes, planned, ranks
 from pipeline.extraction.tensors import Content, Layout
 from pipeline.extraction.writing import config, write
 from pipeline.ground import workplace
@@ -155,7 +155,7 @@ class Svd(Extract):
     @cached_property
     def _changes(self) -> dict[str, Change] | None:
         """The comparing pass; a dry run reads no weight."""
-        return None if self.dry_run else dict(compare(self._pairs, resolve_device(self.device)))
+        return None if self.dry_run else dict(compare(self._pairs, resolve_device(self.device), self._key))
 
     @cached_property
     def _model(self) -> Model | None:
@@ -167,23 +167,32 @@ class Svd(Extract):
 
     @cached_property
     def _strangers(self) -> tuple[Finding, ...]:
-        return tuple(without_place(self._parameters[1], self._changes)) if self._changes else ()
+        """What no adapter can hold; looked for before anything is decomposed, since it may be refused."""
+        return tuple(without_place(self._parameters[1], self._changes, self.rest)) if self._changes else ()
 
     @cached_property
     def _chosen(self) -> Chosen:
         saved = self.saved_modules
         if not self.finetune and saved is None:
             saved = tuple(f"re:{re.escape(name)}" for name in _saved_by_adapters(self._pairs))
-        chosen = choose(
-            self._parameters[0], self._changes, self.targeted_modules, saved or None, self.rest, self._model
-        )
+        found, patterns = self._parameters[0], (self.rank_pattern, self.alpha_pattern)
+        check_patterns(found, dict(zip(("rank_pattern", "alpha_pattern"), patterns, strict=True)))
+        asked = Asked(self.targeted_modules, saved or None, self.rest, self._rule.exceeds)
+        chosen = choose(found, self._changes, asked, self._model)
         if not chosen.lora:
             raise Refused(
                 f"targeted_modules: only {chosen.saved[0].name} and the like changed, and PEFT takes no "
                 "adapter of saved modules alone"
             )
         self._rule.check(chosen.lora)
+        if not self.dry_run:
+            check_budget(chosen, self._rule, self.factors.value)
+            _ = self._strangers
         return chosen
+
+    @property
+    def _key(self) -> str:
+        return "finetune" if self.finetune else "adapter"
 
     @cached_property
     def _rule(self) -> Rule:
