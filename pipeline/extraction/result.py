@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extraction.choice import Chosen
@@ -16,6 +17,7 @@ from pipeline.ground.deltas.delta import Base, Delta, RowsOf
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.dtypes import num_bytes
 from pipeline.ground.errors import Refused
+from pipeline.ground.files import Extent, File
 from pipeline.ground.model_modules import Kind
 from pipeline.ground.ranks import Budget, water_filled
 from pipeline.ground.shards import Entry
@@ -89,6 +91,9 @@ def _whole(p: Parameter) -> Delta:
     weights = [pair.tuned for pair in p.pairs]
     if len(weights) == 1 and (source := weights[0].source):
         return Saved(p.module, p.place.parameter, p.shape, source)
+    if not _is_stack(p):
+        nowhere = Extent(File(Path(p.name), 0, 0), 0, 0)  # until it is written
+        return Saved(p.module, p.place.parameter, p.shape, Entry(p.name, "F32", p.shape, nowhere))
     return Planned(p.module, p.place.parameter, p.shape, 0, _is_stack(p))
 
 

@@ -177,7 +177,9 @@ class Svd(Extract):
             saved = tuple(f"re:{re.escape(name)}" for name in _saved_by_adapters(self._pairs))
         found, patterns = self._parameters[0], (self.rank_pattern, self.alpha_pattern)
         check_patterns(found, dict(zip(("rank_pattern", "alpha_pattern"), patterns, strict=True)))
-        asked = Asked(self.targeted_modules, saved or None, self.rest, self._rule.exceeds)
+        carried = not self.finetune and self.targeted_modules is None and self.rest is Rest.refuse
+        rest = Rest.save if carried else self.rest  # all that adapters hold is meant
+        asked = Asked(self.targeted_modules, saved or None, rest, self._rule.exceeds)
         chosen = choose(found, self._changes, asked, self._model)
         if not chosen.lora:
             raise Refused(
@@ -235,10 +237,13 @@ def _left_out(names: list[str]) -> str:
 
 
 def _saved_by_adapters(pairs: tuple[Pair, ...]) -> list[str]:
-    """The modules that adapters hold whole."""
+    """The modules that adapters hold whole; a trained bias is none."""
     return [
         pair.name.rpartition(".")[0]
         for pair in pairs
-        if isinstance(pair.tuned, FromAdapter)
-        or (isinstance(pair.tuned, Merged) and any(isinstance(p.delta, Saved) for p in pair.tuned.placed))
+        if not pair.name.endswith(".bias") and (isinstance(pair.tuned, FromAdapter) or _holds_saved(pair))
     ]
+
+
+def _holds_saved(pair: Pair) -> bool:
+    return isinstance(pair.tuned, Merged) and any(isinstance(p.delta, Saved) for p in pair.tuned.placed)
