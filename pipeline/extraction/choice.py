@@ -128,7 +128,7 @@ def choose(
 
 def check_patterns(parameters: Sequence[Parameter], tables: Mapping[str, Mapping[str, float]]) -> None:
     """Refused for patterns of rank_pattern and alpha_pattern that mean nothing that LoRA can be put on."""
-    able = [p for p in parameters if p.takes_lora]
+    able = [p for p in parameters if p.place.kind is not Kind.other]
     last = {p.module.rpartition(".")[2] for p in able}
     wrong = [
         f"{key}: '{pattern}' matches no module with a matrix{nearest(pattern, last)}"
