@@ -98,7 +98,7 @@ def choose(
             lora += matrices
             biases += [p for p in held if p.place.parameter == "bias" and not bare]
         elif matrices and targeted is not None and rest is not Rest.save:
-            unable.append(f"finetune: {reason}; add {module} to saved_modules")
+            unable.append(f"{reason}; add {module} to saved_modules")
         elif rest is Rest.save:
             whole += held
         else:
@@ -107,7 +107,7 @@ def choose(
     kept = {p.name for p in whole}
     lora, biases, left = ([p for p in some if p.name not in kept] for some in (lora, biases, left))
     findings += told
-    wrong += [*_meant_twice(doubly), *unable[:1], *_shared_by_many(whole, model, changes)]
+    wrong += [*_meant_twice(doubly), *_unable(unable), *_shared_by_many(whole, model, changes)]
     if left and rest is Rest.refuse:
         wrong.append(_unmeant(left, changes))
     elif left:
@@ -123,6 +123,7 @@ def choose(
         pair = grown[0].pairs[0]
         rows = f"{pair.tuned.shape[0]} rows, the base's {pair.base.shape[0]}"
         findings.append(Finding(f"{grown[0].name} has {rows}: it is saved whole"))
+    findings += _merged_twice(lora, parameters)
     return Chosen(tuple(lora), tuple(whole), tuple(biases), tuple(findings))
 
 
@@ -185,6 +186,22 @@ def _meant_twice(modules: Sequence[str]) -> Iterator[str]:
     if modules:
         more = f" ({len(modules)} such modules)" if len(modules) > 1 else ""
         yield f"saved_modules: {modules[0]} is meant by targeted_modules too{more}; leave it in one"
+
+
+def _unable(reasons: Sequence[str]) -> Iterator[str]:
+    if reasons:
+        yield f"finetune: {reasons[0]}" + (f" ({len(reasons)} such modules)" if len(reasons) > 1 else "")
+
+
+def _merged_twice(lora: Sequence[Parameter], parameters: Sequence[Parameter]) -> Iterator[Finding]:
+    """What users of PEFT have to know of embeddings that a head shares, where it has no weight of its own."""
+    names = {p.name for p in parameters}
+    for p in lora:
+        if p.num_copies > 1 and not names.intersection(p.place.shared):
+            yield Finding(
+                f"{p.name} is shared with {p.place.shared[0]}: PEFT 0.21 runs such LoRA rightly, but its "
+                f"merge_and_unload adds it twice; merge it here, or name {p.module} in saved_modules"
+            )
 
 
 def _shared_by_many(

@@ -198,8 +198,11 @@ def test_embeddings_are_the_fine_tunes_whoever_ties_them(
         modules = ("embed_tokens", "lm_head") if saved and not (base and tuned) else ("embed_tokens",)
         told = {"saved_modules": modules} if saved else {}
         folders = (tmp_path / "base", tmp_path / "tuned")
-        assert extract(*folders, tmp_path / "out", **FULL, **told).passed
+        report = extract(*folders, tmp_path / "out", **FULL, **told)
+        assert report.passed
         assert extract(*folders, tmp_path / "both", **FULL, save="both", verify="structure", **told).passed
+    warned = any("merge_and_unload adds it twice" in f.text for f in report.plan.findings)
+    assert warned == (base and tuned and not saved)
     plain = {name: value.clone() for name, value in before.state_dict().items()}
     answers_as(before, tmp_path / "out", after)
     merged, wanted = tensors(tmp_path / "both"), after.state_dict()
