@@ -283,9 +283,8 @@ def test_norms_alone_are_no_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rank",
     [
-        *("0", "-3", "1.5", "true", "many", "[4]", "''", "nan", "'4'", "1e3"),
-        *("{energy: 2}", "{energy: 1}", "{energy: 0}", "{energy: much}", "{energy: 0.9, size: 1MB}"),
-        *("{parameters: 0}", "{parameters: many}", "{size: lots}", "{size: 0}", "{share: 0.5}", "{}"),
+        *("0", "-3", "1.5", "true", "many", "[4]", "nan", "'4'"),  # tests/ground/test_ranks.py has all
+        *("{energy: 1}", "{energy: 0.9, size: 1MB}", "{parameters: 0}", "{size: lots}", "{share: 0.5}"),
     ],
 )
 def test_what_is_no_rank_is_refused_with_the_choices(tmp_path: Path, rank: str) -> None:

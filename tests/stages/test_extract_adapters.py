@@ -27,7 +27,6 @@ ALL_CASES: dict[str, Case] = {**kind_cases.CASES, **lora_cases.CASES}
 ADDITIVE: dict[str, int | None] = {
     "LoHa": 16,
     "LoKr": None,
-    "AdaLoRA": 6,
     "AdaLoRA on Conv1D": 6,
     "VeRA": 8,
     "RandLoRA": None,
@@ -39,7 +38,6 @@ ADDITIVE: dict[str, int | None] = {
     "DeLoRA": 4,
     "GraLoRA": 8,
     "HiRA": None,
-    "rslora": 4,
     "patterns": 8,
     "bdlora": 4,
     "embeddings": 4,
@@ -47,12 +45,9 @@ ADDITIVE: dict[str, int | None] = {
     "experts rslora": 4,
     "lora_bias conv1d": 4,
     "bias all": 4,
-    "modules_to_save": 4,
-    "larger vocabulary": 4,
     "larger, both trained": 4,
     "larger, tied": 4,
     "tied, head saved": 4,
-    "tied, embeddings saved": 4,
 }
 REFUSED = {
     "dora": "DoRA rank 4",
