@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, field, fields
@@ -18,7 +17,7 @@ from pipeline.arguments import expanded
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.leaderboard import Sweep
-from pipeline.ground.names import nearest
+from pipeline.ground.names import nearest, unreadable
 from pipeline.ground.ranks import parse_pattern, parse_rank
 from pipeline.ground.units import parse_bytes
 from pipeline.publishing import publishable
@@ -208,7 +207,7 @@ def _root_values(cfg: DictConfig, save: type[Stage], extract: type[Stage]) -> di
     assert issubclass(save, Save)
     wanted = {
         "base_model": "a folder, a GGUF file or a hub id",
-        **({} if cfg.finetune else {"adapter": "the folder or hub id of an adapter"}),
+        **_source(cfg, extract),
     }
     if save.needs_output:
         wanted["output"] = "the folder to create" if save.writes else "the merged model's folder"
@@ -233,6 +232,13 @@ def _root_values(cfg: DictConfig, save: type[Stage], extract: type[Stage]) -> di
     if cfg.memory_limit is not None:
         values["memory_limit"] = parse_bytes("memory_limit", cfg.memory_limit)
     return values
+
+
+def _source(cfg: DictConfig, extract: type[Stage]) -> dict[str, str]:
+    """What must be set for there to be an adapter."""
+    if "finetune" in {f.name for f in fields(extract)} and not cfg.adapter:
+        return {"finetune": "the fine-tuned checkpoint (other adapters go to adapter=...)"}
+    return {} if cfg.finetune else {"adapter": "the folder or hub id of an adapter"}
 
 
 def _adapters(value: Any) -> tuple[Chosen, ...]:
@@ -279,11 +285,8 @@ def _module_list(key: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
-        for pattern in (v[3:] for v in value if v.startswith("re:")):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise Refused(f"{key}: 're:{pattern}' is not a regular expression ({error})") from None
+        if reasons := list(filter(None, map(unreadable, value))):
+            raise Refused(f"{key}: {reasons[0]}")
         return tuple(value)
     raise Refused(
         f"{key}: {value!r} is not a list of module names; write [q_proj, v_proj] or {{filter: 'a, b'}}"

@@ -28,9 +28,9 @@ def sentence(
         return f"{slot}: no stage '{name}'; choose {_listed(stages.get(slot, ()))}"
     key = _key(text)
     if found := re.search(r"Key '([^']*)' (?:is )?not in '?\w+'?", text):
-        return f"{key or found[1]}: no such key{nearest(key or found[1], keys)}"
+        return _unknown(key or found[1], keys)
     if found := re.search(r"Could not (?:override|delete from config\.) ?'([^']*)'", text):
-        return f"{found[1]}: no such key{nearest(found[1], keys)}"
+        return _unknown(found[1], keys)
     if found := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", text):
         return f"{key}: '{found[1]}' is none of {found[2]}"
     if found := re.search(
@@ -48,6 +48,12 @@ def sentence(
     lines = [line for line in text.splitlines() if line and "raised while composing config" not in line]
     first = lines[0] if lines else text
     return f"{key}: {first}" if key and key not in first else first
+
+
+def _unknown(key: str, keys: Collection[str]) -> str:
+    if key in keys:
+        return f"{key}: the stage that is chosen here has no such setting"
+    return f"{key}: no such key{nearest(key, keys)}"
 
 
 def _key(text: str) -> str | None:

@@ -22,6 +22,7 @@ from pipeline.weight import Adapter, Checkpoint, Part, Weight
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 HEADS = ("lm_head", "embed_out")
+_WHISPER = "proj_out"  # on top; others call other layers so
 KEY = "tie_word_embeddings"
 
 
@@ -83,7 +84,7 @@ class _Sides:
 def _sides(part: Part, embeddings: Weight) -> _Sides:
     layer = embeddings.name.split(".")[-2]
     weights = [delta for delta in part.deltas if delta.parameter == "weight"]
-    return _Sides(part, [d for d in weights if _last(d) == layer], [d for d in weights if _last(d) in HEADS])
+    return _Sides(part, [d for d in weights if _last(d) == layer], [d for d in weights if _is_head(d.module)])
 
 
 def _meant_once(side: _Sides, policy: Tied) -> bool:
@@ -163,7 +164,7 @@ def _without_copies(adapter: Adapter, sides: Sequence[_Sides]) -> Adapter:
 
 def _untied(base: Checkpoint[Weight], embeddings: Weight, head: Weight | None) -> Checkpoint[Weight]:
     """The checkpoint with an lm_head of its own, which starts as the embeddings' very values."""
-    name = head.name if head else _head_name(embeddings)
+    name = head.name if head else _head_name(embeddings, base.config.model_type)
     own = replace(embeddings, name=name)
     weights = [own if weight is head else weight for weight in base.weights]
     text = f"the adapter changes embeddings that lm_head shares; {name} is written and {KEY} becomes false"
@@ -206,11 +207,18 @@ def _embeddings(base: Checkpoint[Weight]) -> Weight | None:
 
 
 def _head(base: Checkpoint[Weight]) -> Weight | None:
-    return next((w for w in base.weights if w.name.split(".")[-2:] in [[h, "weight"] for h in HEADS]), None)
+    named = ((w, *w.name.rpartition(".")[::2]) for w in base.weights)
+    return next((w for w, module, parameter in named if parameter == "weight" and _is_head(module)), None)
 
 
-def _head_name(embeddings: Weight) -> str:
+def _is_head(module: str) -> bool:
+    return module == _WHISPER or module.rpartition(".")[2] in HEADS
+
+
+def _head_name(embeddings: Weight, model_type: str | None) -> str:
     """language_model.lm_head where the file's language model stands under that name, else lm_head."""
+    if model_type == "whisper":
+        return f"{_WHISPER}.weight"
     old_prefix = embeddings.name.startswith("language_model.model.")
     return "language_model.lm_head.weight" if old_prefix else "lm_head.weight"
 

@@ -17,6 +17,10 @@ FLOAT64_SLACK = 2.0**-50
 # share of the largest one: two last places, 2^-23, for each of 2 * 16 steps.
 FLOAT32_FFT = 2.0**-17
 
+# Extracted factors in float32 give the difference back to this share of its norm: the difference itself, its
+# projection and both factors are each rounded to 2^-24 of their sizes, summed over a rank of up to 32.
+FLOAT32_FACTORS = 2.0**-19
+
 # Two merges of one adapter are compared in units of the last place of the largest of base, delta and
 # result: where the first two nearly cancel, the result's own last place says nothing of either.
 #

@@ -71,7 +71,7 @@ class Rule:
 
     def fixed(self, parameter: Parameter) -> int | None:
         """The rank that the recipe gives it as a number."""
-        own = by_pattern(parameter.rank_name, self.pattern) or by_pattern(parameter.module, self.pattern)
+        own = self.own(parameter)
         if own is not None:
             return int(own)
         return self.rank if isinstance(self.rank, int) else None
@@ -83,15 +83,27 @@ class Rule:
             return how
         return (*how, self.rank, self.multiple_of)
 
+    def own(self, parameter: Parameter) -> float | None:
+        """What rank_pattern says of it."""
+        return by_pattern(parameter.rank_name, self.pattern) or by_pattern(parameter.module, self.pattern)
+
+    def exceeds(self, parameter: Parameter) -> bool:
+        """Whether the rank for all modules is more than this one's matrix has."""
+        fixed = self.fixed(parameter)
+        given = fixed is not None and self.own(parameter) is None
+        return given and min(fixed or 0, self.max_rank or fixed or 0) > min(parameter.matrix)
+
     def check(self, parameters: Sequence[Parameter]) -> None:
         """Refused for a rank that a matrix does not have, and for noise that is not known."""
         for parameter in parameters:
             fixed, smaller = self.fixed(parameter), min(parameter.matrix)
             if fixed is not None and min(fixed, self.max_rank or fixed) > smaller:
                 rows, columns = parameter.matrix
+                key = "rank" if self.own(parameter) is None else "rank_pattern"
+                also = ", or rank_pattern with a smaller one for it" if key == "rank" else ""
                 raise Refused(
-                    f"rank: {fixed} is more than {parameter.name} ({rows} x {columns}) has; give at most "
-                    f"{smaller}, or rank_pattern with a smaller one for it"
+                    f"{key}: {fixed} is more than {parameter.name} ({rows} x {columns}) has; give at most "
+                    f"{smaller}{also}"
                 )
             if fixed is None and isinstance(self.rank, NoiseEdge):
                 for pair in parameter.pairs:

@@ -35,8 +35,11 @@ class Change:
         return sqrt(self.energy / self.base_energy) if self.base_energy else float("inf")
 
 
-def compare(pairs: Iterable[Pair], device: str) -> Mapping[str, Change]:
-    """The changes by name; Refused for values that are not finite, and where nothing changed."""
+def compare(pairs: Iterable[Pair], device: str, key: str = "finetune") -> Mapping[str, Change]:
+    """The changes by name; Refused for values that are not finite, and where nothing changed.
+
+    `key` is the recipe's, of which the tuned weights come.
+    """
     pairs = list(pairs)
     keep_freed_memory()
     sums: dict[str, list[tuple[float, float]]] = {pair.name: [] for pair in pairs}
@@ -45,7 +48,7 @@ def compare(pairs: Iterable[Pair], device: str) -> Mapping[str, Change]:
         ExitStack() as opened,
         plain_arithmetic(),
         Progress("comparing", total) as bar,
-        in_order(_tasks(pairs, device, opened), num_workers(), num_workers() + 4) as done,
+        in_order(_tasks(pairs, device, key, opened), num_workers(), num_workers() + 4) as done,
     ):
         for result in done:
             if callable(result):
@@ -61,7 +64,8 @@ def compare(pairs: Iterable[Pair], device: str) -> Mapping[str, Change]:
         for pair in pairs
     }
     if not any(change.changed for change in found.values()):
-        raise Refused("finetune: is the same as the base in every weight; there is nothing to extract")
+        same = "is the same as the base in every" if key == "finetune" else "changes no"
+        raise Refused(f"{key}: {same} weight; there is nothing to extract")
     return found
 
 
@@ -69,7 +73,7 @@ _Sums = tuple[str, float, float, int]
 
 
 def _tasks(
-    pairs: Iterable[Pair], device: str, opened: ExitStack
+    pairs: Iterable[Pair], device: str, key: str, opened: ExitStack
 ) -> Iterator[Callable[[], _Sums | Callable[[], None]]]:
     for pair in pairs:
         if pair.base is pair.tuned:
@@ -78,7 +82,7 @@ def _tasks(
         rows = weight.enter_context(pair.open(device))
         common = min(pair.base.num_rows, pair.tuned.num_rows)
         for start, stop in pair.grid(0, common):
-            yield partial(_tile, pair, rows, start, min(stop, common))
+            yield partial(_tile, pair, rows, key, start, min(stop, common))
         yield partial(_then, weight.close)
 
 
@@ -86,13 +90,13 @@ def _then(action: Callable[[], None]) -> Callable[[], None]:
     return action
 
 
-def _tile(pair: Pair, rows: Rows, start: int, stop: int) -> _Sums:
+def _tile(pair: Pair, rows: Rows, key: str, start: int, stop: int) -> _Sums:
     base, tuned, D = rows(start, stop)
     W = base.float()
     energy, base_energy = float(D.flatten().dot(D.flatten())), float(W.flatten().dot(W.flatten()))
     if not (energy < float("inf") and base_energy < float("inf")):
-        which = "base_model" if not bool(W.isfinite().all()) else "finetune"
-        if which == "finetune" and bool(tuned.isfinite().all()):
+        which = "base_model" if not bool(W.isfinite().all()) else key
+        if which == key and bool(tuned.isfinite().all()):
             energy, base_energy = float(D.double().square().sum()), float(W.double().square().sum())
         else:
             raise Refused(f"{which}: {pair.name} holds values that are not finite; it cannot be compared")

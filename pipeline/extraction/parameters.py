@@ -41,7 +41,7 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        return f"{self.place.module}.{self.place.parameter}".lstrip(".")
+        return self.place.name
 
     @property
     def pairs(self) -> list[Pair]:
@@ -51,6 +51,11 @@ class Parameter:
     @property
     def takes_lora(self) -> bool:
         return self.place.kind is not Kind.other and not any(pair.resized for pair in self.pairs)
+
+    @property
+    def num_copies(self) -> int:
+        """How often a file holds it: PEFT wants embeddings once more for the head that shares them."""
+        return 2 if self.place.shared and self.place.kind is Kind.embedding else 1
 
     @property
     def matrix(self) -> tuple[int, int]:

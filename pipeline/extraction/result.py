@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extraction.choice import Chosen
@@ -15,6 +17,7 @@ from pipeline.ground.deltas.delta import Base, Delta, RowsOf
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.dtypes import num_bytes
 from pipeline.ground.errors import Refused
+from pipeline.ground.files import Extent, File
 from pipeline.ground.model_modules import Kind
 from pipeline.ground.ranks import Budget, water_filled
 from pipeline.ground.shards import Entry
@@ -88,6 +91,9 @@ def _whole(p: Parameter) -> Delta:
     weights = [pair.tuned for pair in p.pairs]
     if len(weights) == 1 and (source := weights[0].source):
         return Saved(p.module, p.place.parameter, p.shape, source)
+    if not _is_stack(p):
+        nowhere = Extent(File(Path(p.name), 0, 0), 0, 0)  # until it is written
+        return Saved(p.module, p.place.parameter, p.shape, Entry(p.name, "F32", p.shape, nowhere))
     return Planned(p.module, p.place.parameter, p.shape, 0, _is_stack(p))
 
 
@@ -105,23 +111,41 @@ def ranks(chosen: Chosen, rule: Rule, dtype: str, decomposed: Sequence[Sequence[
     longest = [max((len(d.S) for d in matrices), default=0) for matrices in decomposed]
     if not isinstance(rule.rank, Budget):
         return longest
-    element = num_bytes(dtype, (1,)) or 1
-    budget = rule.rank.amount // element if rule.rank.in_bytes else rule.rank.amount
-    budget -= sum(saved_bytes(p) for p in (*chosen.saved, *chosen.biases)) // element
     free = [n for n, p in enumerate(chosen.lora) if rule.fixed(p) is None]
-    budget -= sum(
-        num_parameters(p, longest[n]) for n, p in enumerate(chosen.lora) if rule.fixed(p) is not None
-    )
     spectra = [_spectrum(decomposed[n], longest[n]) for n in free]
     costs = [num_parameters(chosen.lora[n], 1) for n in free]
-    filled = water_filled(spectra, costs, max(budget, 0), rule.multiple_of)
+    filled = water_filled(spectra, costs, _purse(chosen, rule, rule.rank, dtype), rule.multiple_of)
     for n, rank in zip(free, filled, strict=True):
         longest[n] = rank
-    if not any(longest):
-        raise Refused(
-            f"rank: a budget of {rule.rank.amount:,} leaves nothing for any module; give a larger one"
-        )
     return longest
+
+
+def check_budget(chosen: Chosen, rule: Rule, dtype: str) -> None:
+    """Refused for a budget that buys no rank at all."""
+    if not isinstance(rule.rank, Budget):
+        return
+    free = [p for p in chosen.lora if rule.fixed(p) is None]
+    steps = [num_parameters(p, min(rule.multiple_of, rule.most(p))) for p in free]
+    left = _purse(chosen, rule, rule.rank, dtype)
+    if left < min(steps, default=0):
+        rest = (
+            ", after what is saved whole or has its rank by rank_pattern"
+            if len(free) < len(chosen.lora) or chosen.saved
+            else ""
+        )
+        raise Refused(
+            f"rank: a budget of {rule.rank.amount:,} leaves nothing for any module{rest}; give a larger one"
+        )
+
+
+def _purse(chosen: Chosen, rule: Rule, budget: Budget, dtype: str) -> int:
+    """Parameters that a budget leaves to the modules whose ranks it decides."""
+    whole = (*chosen.saved, *chosen.biases)
+    if budget.in_bytes:
+        left = (budget.amount - sum(map(saved_bytes, whole))) // (num_bytes(dtype, (1,)) or 1)
+    else:
+        left = budget.amount - sum(p.num_copies * prod(p.shape) for p in whole)
+    return left - sum(num_parameters(p, rule.most(p)) for p in chosen.lora if rule.fixed(p) is not None)
 
 
 def _spectrum(matrices: Sequence[Decomposed], count: int) -> list[float]:

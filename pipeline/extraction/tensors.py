@@ -12,16 +12,15 @@ from pipeline.extraction.choice import Chosen
 from pipeline.extraction.decomposing import Decomposed
 from pipeline.extraction.parameters import Parameter
 from pipeline.ground.adapter_format import PREFIX
+from pipeline.ground.deltas.lora_family import DECLARED
 from pipeline.ground.dtypes import num_bytes
 from pipeline.ground.model_modules import Kind
 from pipeline.ground.ranks import by_pattern
 from pipeline.ground.spool import Spool
-from pipeline.tying import EMBEDDINGS, HEADS
+from pipeline.tying import EMBEDDINGS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_DECLARED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,13 @@ class Layout:
     revision: str | None
     architectures: Sequence[str]
     modules: Sequence[str] = ()  # of the model in memory
-    tied: bool = False  # lm_head shares the embeddings
+    head: str | None = None  # the module that shares the embeddings
     one_scale: float | None = None  # for all parameters, whatever their ranks
 
     def shares(self, parameter: Parameter) -> bool:
-        """Whether it is the embeddings that lm_head shares; PEFT wants a copy for each side."""
-        return self.tied and last_of(parameter) in EMBEDDINGS and parameter.place.kind is Kind.embedding
+        """Whether it is the embeddings that a head shares; PEFT wants a copy for each side."""
+        named = parameter.place.shared or (not self.modules and last_of(parameter) in EMBEDDINGS)
+        return bool(self.head and named) and parameter.place.kind is Kind.embedding
 
     def alpha_of(self, parameter: Parameter, rank: int) -> float:
         """The alpha of a parameter; its rank, and so a scale of 1, where the recipe does not say."""
@@ -81,7 +81,7 @@ class Held(NamedTuple):
 
 def num_parameters(parameter: Parameter, rank: int) -> int:
     """Elements of its factors."""
-    return rank * sum(parameter.matrix) * len(parameter.matrices)
+    return rank * sum(parameter.matrix) * len(parameter.matrices) * parameter.num_copies
 
 
 def tensors(
@@ -94,7 +94,7 @@ def tensors(
             nested[p.module].append(p.place.parameter)
     for p, rank in content.lora:
         around = nested[p.module] if p.place.kind is Kind.parameter else []
-        inner = sorted(around, key=lambda name: _DECLARED.index(name) if name in _DECLARED else 0)
+        inner = sorted(around, key=lambda name: DECLARED.index(name) if name in DECLARED else 0)
         depth = len(inner) - 1 - inner.index(p.place.parameter) if inner else 0
         key = PREFIX + p.module + ".base_layer" * depth
         scale = layout.scale(p, rank)
@@ -104,7 +104,7 @@ def tensors(
     for p in content.chosen.saved:
         yield _whole(PREFIX + p.name, p)
         if layout.shares(p):
-            yield _whole(f"{PREFIX}{head_of(layout)}.{p.place.parameter}", p)
+            yield _whole(f"{PREFIX}{layout.head}.{p.place.parameter}", p)
 
 
 def _factors(
@@ -134,7 +134,7 @@ def _factors(
         yield Held(f"{key}.lora_embedding_A", dtype, (rank, m), left)
         yield Held(f"{key}.lora_embedding_B", dtype, (n, rank), turned(right))
         if layout.shares(p):
-            head = PREFIX + head_of(layout)
+            head = f"{PREFIX}{layout.head}"
             yield Held(f"{head}.lora_A.weight", dtype, (rank, n), right)
             yield Held(f"{head}.lora_B.weight", dtype, (m, rank), turned(left))
         return
@@ -174,14 +174,9 @@ def _whole(key: str, p: Parameter) -> Held:
 def saved_bytes(p: Parameter) -> int:
     """Bytes of a parameter that is saved whole."""
     tensor = _whole("", p)
-    return num_bytes(tensor.dtype, tensor.shape) or 0
+    return (num_bytes(tensor.dtype, tensor.shape) or 0) * p.num_copies
 
 
 def last_of(parameter: Parameter) -> str:
     """The last name of its module."""
     return parameter.module.rpartition(".")[2]
-
-
-def head_of(layout: Layout) -> str:
-    """The module that shares the embeddings."""
-    return next((m for m in layout.modules if m.rpartition(".")[2] in HEADS), "lm_head")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extraction.decomposing import Decomposed
-from pipeline.extraction.tensors import Content, Layout, head_of, last_of, tensors
+from pipeline.extraction.tensors import Content, Layout, last_of, tensors
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS
+from pipeline.ground.base_modules import prefixes
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import write_all
 from pipeline.ground.manifest import library_version, write_json
-from pipeline.ground.model_modules import Kind
+from pipeline.ground.model_modules import TASK_HEADS, TASKS, Kind
 from pipeline.ground.shards import lay_out
 from pipeline.ground.spool import Spool
 
@@ -25,15 +26,13 @@ _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
     ("ForConditionalGeneration", "CAUSAL_LM"),
-    ("ForSequenceClassification", "SEQ_CLS"),
-    ("ForTokenClassification", "TOKEN_CLS"),
-    ("ForQuestionAnswering", "QUESTION_ANS"),
+    *TASKS.items(),
 )
 
 
 def config(content: Content, layout: Layout, copies: bool = True) -> dict[str, Any]:
     """adapter_config.json; without `copies` that of a plan, which lists no copy for lm_head."""
-    head, modules = head_of(layout), _without_repeats(p.module for p in content.chosen.saved)
+    head, modules = layout.head or "", _saved(content)
     layers = [p for p, _ in content.lora if p.place.kind is not Kind.parameter]
     top = max(content.ranks.values(), default=1)
     alphas = {p.rank_name: layout.alpha_of(p, rank) for p, rank in content.lora}
@@ -62,7 +61,7 @@ def config(content: Content, layout: Layout, copies: bool = True) -> dict[str, A
     return {
         "peft_type": "LORA",
         "peft_version": library_version("peft") or "0.21.2",
-        "task_type": next((t for e, t in _TASKS for a in layout.architectures[:1] if a.endswith(e)), None),
+        "task_type": _task(modules, layout),
         "base_model_name_or_path": layout.trained_on,
         "revision": layout.revision,
         "inference_mode": True,
@@ -114,8 +113,18 @@ def _put(descriptor: int, at: int, part: Tensor, dtype: str) -> int:
     return len(stored)
 
 
-def _without_repeats(modules: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(modules))
+def _saved(content: Content) -> list[str]:
+    """The modules saved whole, without those that are within another."""
+    modules = dict.fromkeys(p.module for p in content.chosen.saved)
+    return [name for name in modules if not any(above in modules for above in list(prefixes(name))[:-1])]
+
+
+def _task(modules: Sequence[str], layout: Layout) -> str | None:
+    """PEFT's task_type; None for one whose head it would look for, where that is not saved."""
+    names = layout.architectures[:1]
+    task = next((task for ending, task in _TASKS if any(name.endswith(ending) for name in names)), None)
+    heads = TASK_HEADS.get(task or "", ())
+    return None if any(m.endswith(heads) and m not in modules for m in layout.modules) else task
 
 
 def _plain(value: float) -> int | float:
@@ -132,8 +141,9 @@ def _pattern(name: str, modules: Sequence[str]) -> str:
 
 
 def _check_endings(saved: Iterable[str], modules: Sequence[str]) -> None:
-    for name in saved:
-        others = [m for m in modules if m.endswith(name) and m != name]
+    kept = set(saved)
+    for name in kept:
+        others = [m for m in modules if m.endswith(name) and not kept.intersection(prefixes(m))]
         if others:
             raise Refused(
                 f"saved_modules: PEFT would take '{name}' for {others[0]} too, whose name ends so "

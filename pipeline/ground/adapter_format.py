@@ -95,7 +95,7 @@ def _untargeted(config: Mapping[str, Any], deltas: Iterable[Delta]) -> list[str]
         return []
     targeted = targeting(config)
     modules = list(dict.fromkeys(d.module for d in deltas if isinstance(d, Lora | Dora)))
-    tied = EMBEDDINGS if config.get("ensure_weight_tying") else frozenset[str]()
+    tied = EMBEDDINGS | {"proj_out"} if config.get("ensure_weight_tying") else frozenset[str]()
     paths = [(module, *module.rpartition(".")[::2]) for module in modules]
     return [m for m, owner, last in paths if not targeted(m) and owner not in modules and last not in tied]
 

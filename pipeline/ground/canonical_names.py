@@ -44,6 +44,7 @@ _SPELLINGS = tuple(
         r"\.mlp\.experts\.fc1\.weight$": ".mlp.experts.gate_up_proj",  # Aria
         r"\.mlp\.experts\.fc2\.weight$": ".mlp.experts.down_proj",
         r"\.block_sparse_moe\.": ".mlp.",
+        r"\.mlp\.moe_statics\.": ".mlp.gate.moe_statics.",  # ERNIE 4.5
         r"\.mlp\.router\.(layer\.|gate\.)?(?=(weight|bias)$)": ".mlp.gate.",  # PhiMoE, GraniteMoE, HunYuan 3
         r"\.experts\.#\.w1\.": ".experts.#.gate_proj.",
         r"\.experts\.#\.w3\.": ".experts.#.up_proj.",

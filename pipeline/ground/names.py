@@ -21,6 +21,15 @@ def matches(module: str, pattern: str) -> bool:
     return any(all(fnmatchcase(p, w) for p, w in zip(parts[i:], wanted, strict=False)) for i in runs)
 
 
+def unreadable(pattern: str) -> str | None:
+    """Why a `re:` pattern is none; None for all others."""
+    try:
+        re.compile(pattern[3:] if pattern.startswith("re:") else "")
+    except re.error as error:
+        return f"'{pattern}' is not a regular expression ({error})"
+    return None
+
+
 def unmatched(modules: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """The modules that none of the patterns means."""
     patterns = list(patterns)

@@ -10,7 +10,7 @@ from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.errors import Refused
-from pipeline.ground.names import matches
+from pipeline.ground.names import matches, unreadable
 from pipeline.ground.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -75,7 +75,11 @@ def _count(value: Any) -> int:
 
 def parse_pattern(key: str, value: Any, whole: bool) -> dict[str, float]:
     """{module pattern: number} of rank_pattern and alpha_pattern; Refused for anything else."""
+    if not isinstance(value or {}, Mapping):
+        raise Refused(f"{key}: {value!r} is not a table; write {{q_proj: 8}}")
     table = dict(value or {})
+    if reasons := [reason for pattern in table if (reason := unreadable(str(pattern)))]:
+        raise Refused(f"{key}: {reasons[0]}")
     kinds = int if whole else int | float
     for pattern, number in table.items():
         fits = isinstance(pattern, str) and isinstance(number, kinds) and not isinstance(number, bool)

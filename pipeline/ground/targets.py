@@ -140,8 +140,10 @@ def promise(
     shared = _shared_keys([m for m in missing if m.name not in unsure], trained.values(), held)
     lost = {m.name for m in missing} - unsure - shared
     lost |= {m.name for m in known.modules if m.kind in known.kinds and saved(m.name)} - held
-    if config.get("target_parameters"):
-        lost.update(known.lacking({m for m in held if not targeted(m) and not saved(m)}))
+    if parameters := config.get("target_parameters"):
+        owners = {entry.rpartition(".")[0] for entry in parameters}
+        lacking = known.lacking({m for m in held if not targeted(m) and not saved(m)})
+        lost |= {m for m in lacking if "" in owners or not owners.isdisjoint(suffixes(m))}
     apart = {tower: meant for tower, names in known.apart.items() if (meant := list(filter(targeted, names)))}
     if pattern and not any(map(stack, known.own)):  # not one layer of any tower
         lost |= {name for names in apart.values() for name in names}

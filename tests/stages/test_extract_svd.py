@@ -22,20 +22,17 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from pipeline import stage
-from pipeline.door import Request, fulfil
 from pipeline.extraction.choice import Rest
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
-from pipeline.ground.ranks import Budget, Energy, NoiseEdge
-from pipeline.ground.report import Report
+from pipeline.ground.ranks import Budget, NoiseEdge
 from tests.models import LINEAR, tensors, write_llama, write_lora
-from tests.running import chosen, merge
+from tests.running import merge
+from tests.stages.extracting import ALL, config_of, extract, extraction
 from tests.tolerance import FLOAT32_FORWARD
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-ALL = Energy(1 - 1e-9)  # every singular value there is
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,47 +41,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def extraction(
-    base: Path,
-    tuned: Path | None,
-    output: Path,
-    *,
-    save: str = "adapter",
-    verify: str = "structure",
-    adapter: Any = None,
-    dry_run: bool = False,
-    **settings: Any,
-) -> stage.Pipeline:
-    stages: Any = stage.STAGES
-    settings = {"rank": 4, "rest": Rest.save, **settings}
-    load = "gguf" if base.suffix == ".gguf" else "safetensors"
-    return stage.Pipeline(
-        extract=stages["extract"]["svd"](
-            adapter=chosen(adapter) if adapter else (),
-            base_model=str(base),
-            finetune=str(tuned) if tuned else None,
-            output=output,
-            dry_run=dry_run,
-            **settings,
-        ),
-        load=stages["load"][load](base_model=str(base)),
-        dequantize=stages["dequantize"]["auto"](),
-        merge=stages["merge"]["exact"](merge_dtype=FloatDtype.float32, names={}),
-        save=stages["save"][save](output=output, device="cpu"),
-        verify=stages["verify"][verify](device="cpu"),
-    )
-
-
-def extract(base: Path, tuned: Path | None, output: Path, **settings: Any) -> Report:
-    report = fulfil(Request(extraction(base, tuned, output, **settings), {}))
-    assert report is not None
-    return report
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "adapter_config.json").read_text()))
 
 
 def llama(**config: Any) -> Any:

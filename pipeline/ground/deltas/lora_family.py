@@ -25,7 +25,7 @@ from pipeline.ground.shards import Entry
 NESTED = ".base_layer"
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 _CONVERTIBLE_INITS = ("pissa", "olora")
-_DECLARED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # by every experts module
+DECLARED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # by every experts module
 _MAGNITUDE = "lora_magnitude_vector"
 _TOKENS = "token_adapter.trainable_tokens_delta"
 
@@ -125,7 +125,7 @@ def _bare_parameter(trained: Trained, A: Entry) -> str | None:
     parameters = list(dict.fromkeys(parameters))  # PEFT lists some by two names
     if not parameters:
         return None
-    if len(parameters) > 1 and not set(parameters) <= set(_DECLARED):
+    if len(parameters) > 1 and not set(parameters) <= set(DECLARED):
         raise trained.refuse(
             f"has several bare parameters, {', '.join(parameters)}, whose order no file tells"
         )
@@ -138,7 +138,7 @@ def _bare_parameter(trained: Trained, A: Entry) -> str | None:
 
 
 def _declared(parameter: str) -> int:
-    return _DECLARED.index(parameter) if parameter in _DECLARED else 0
+    return DECLARED.index(parameter) if parameter in DECLARED else 0
 
 
 def _experts(trained: Trained, parameter: str, A: Entry, B: Entry) -> Delta:

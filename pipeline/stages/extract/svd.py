@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.dequantizing import dense
-from pipeline.extraction.choice import Chosen, Rest, choose, without_place
+from pipeline.extraction.choice import Asked, Chosen, Rest, check_patterns, choose, without_place
 from pipeline.extraction.decomposing import Rule, bytes_needed, decompose, workers_for
 from pipeline.extraction.differences import Change, compare
 from pipeline.extraction.engines import Engine, check_for, fitted, menu_of, scaled
 from pipeline.extraction.identity import key, surroundings
 from pipeline.extraction.pairs import Pair, paired
 from pipeline.extraction.parameters import Parameter, parameters
-from pipeline.extraction.result import Extraction, facts, most_bytes, planned, ranks
+from pipeline.extraction.result import Extraction, check_budget, facts, most_bytes, planned, ranks
 from pipeline.extraction.tensors import Content, Layout
 from pipeline.extraction.writing import config, write
 from pipeline.ground import workplace
@@ -178,7 +178,7 @@ class Svd(Extract):
             return None
         if seen := told(workplace.standing(self.output) / self._compared):
             return {name: Change(*change) for name, change in seen.items()}
-        return dict(compare(self._pairs, resolve_device(self.device)))
+        return dict(compare(self._pairs, resolve_device(self.device), self._tuned_key))
 
     @cached_property
     def _inputs(self) -> str:
@@ -204,14 +204,20 @@ class Svd(Extract):
 
     @cached_property
     def _strangers(self) -> tuple[Finding, ...]:
-        return tuple(without_place(self._parameters[1], self._changes)) if self._changes else ()
+        """What no adapter can hold; looked for before anything is decomposed, since it may be refused."""
+        return tuple(without_place(self._parameters[1], self._changes, self.rest)) if self._changes else ()
 
     @cached_property
     def _chosen(self) -> Chosen:
         saved = self.saved_modules
         if not self.finetune and saved is None:
             saved = tuple(f"re:{re.escape(name)}" for name in _saved_by_adapters(self._pairs))
-        chosen = choose(self._parameters[0], self._changes, self.targeted_modules, saved or None, self.rest)
+        found, patterns = self._parameters[0], (self.rank_pattern, self.alpha_pattern)
+        check_patterns(found, dict(zip(("rank_pattern", "alpha_pattern"), patterns, strict=True)))
+        carried = not self.finetune and self.targeted_modules is None and self.rest is Rest.refuse
+        rest = Rest.save if carried else self.rest  # all that adapters hold is meant
+        asked = Asked(self.targeted_modules, saved or None, rest, self._rule.exceeds)
+        chosen = choose(found, self._changes, asked, self._model)
         chosen = fitted(chosen, self.engine, self._layout, self._changes, self.saved_modules)
         if not chosen.lora:
             raise Refused(
@@ -219,7 +225,15 @@ class Svd(Extract):
                 "adapter of saved modules alone"
             )
         self._rule.check(chosen.lora)
+        if not self.dry_run:
+            check_budget(chosen, self._rule, self.factors.value)
+            _ = self._strangers
         return chosen
+
+    @property
+    def _tuned_key(self) -> str:
+        """The recipe's key that the tuned weights come of."""
+        return "finetune" if self.finetune else "adapter"
 
     @cached_property
     def _rule(self) -> Rule:
@@ -240,7 +254,8 @@ class Svd(Extract):
     def _layout(self) -> Layout:
         origin, said = self._base.origin, self._base.config.read()
         shares = self._base.config.tied is not False and self._tuned.config.tied is not False
-        heads = {pair.name for pair in self._pairs if pair.name.endswith("lm_head.weight")}
+        head = self._model.head if self._model else "lm_head" if self._base.config.tied else None
+        own = any(head and pair.name.endswith(f"{head}.weight") for pair in self._pairs)
         return Layout(
             alpha=self.alpha,
             alpha_pattern=self.alpha_pattern,
@@ -250,7 +265,7 @@ class Svd(Extract):
             revision=origin.commit,
             architectures=said.get("architectures") or [],
             modules=self._model.modules if self._model else (),
-            tied=bool(self._base.config.tied) and shares and not heads,
+            head=head if shares and not own else None,
         )
 
     @property
@@ -270,10 +285,13 @@ def _left_out(names: list[str]) -> str:
 
 
 def _saved_by_adapters(pairs: tuple[Pair, ...]) -> list[str]:
-    """The modules that adapters hold whole."""
+    """The modules that adapters hold whole; a trained bias is none."""
     return [
         pair.name.rpartition(".")[0]
         for pair in pairs
-        if isinstance(pair.tuned, FromAdapter)
-        or (isinstance(pair.tuned, Merged) and any(isinstance(p.delta, Saved) for p in pair.tuned.placed))
+        if not pair.name.endswith(".bias") and (isinstance(pair.tuned, FromAdapter) or _holds_saved(pair))
     ]
+
+
+def _holds_saved(pair: Pair) -> bool:
+    return isinstance(pair.tuned, Merged) and any(isinstance(p.delta, Saved) for p in pair.tuned.placed)
