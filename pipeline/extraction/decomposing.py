@@ -15,6 +15,7 @@ from pipeline.extraction.parameters import Parameter, Slice
 from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.lowrank import LowRank, Method, low_rank
+from pipeline.ground.model_modules import Kind
 from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
 from pipeline.ground.progress import Progress
 from pipeline.ground.ranks import (
@@ -30,6 +31,7 @@ from pipeline.ground.ranks import (
 )
 from pipeline.ground.rounding import ulp
 from pipeline.ground.spool import Kept, Spool
+from pipeline.ground.whitening import Inputs, Seen, projected, turned
 from pipeline.pieces import Merged
 from pipeline.weight import Weight
 
@@ -95,10 +97,16 @@ class Decomposed:
 
     left: Kept  # (rank, rows): (U sqrt S).T
     right: Kept  # (rank, columns): SVt / sqrt S
-    S: tuple[float, ...]
+    S: tuple[float, ...]  # whose squares are what triples hold of ||D||^2
     energy: float  # ||D||^2
     edge: float  # largest singular value of rounding noise; 0 where that is not known
     noise: float  # ||D||^2 that rounding alone gives
+    seen: Seen | None = None  # what they are worth in outputs, where those decided
+
+    @property
+    def worth(self) -> tuple[float, ...]:
+        """What the triples were chosen by, falling."""
+        return self.seen.S if self.seen else self.S
 
     def captured(self, rank: int) -> float:
         """The share of ||D||^2 that the first `rank` triples hold."""
@@ -113,6 +121,7 @@ class _Result(NamedTuple):
     energy: float
     edge: float
     noise: float
+    seen: Seen | None
     num_bytes: int
 
 
@@ -124,14 +133,25 @@ def rounding_of(weight: Weight) -> str | None:
 
 
 def decompose(
-    parameters: Sequence[Parameter], rule: Rule, device: str, workers: int, spool: Spool
+    parameters: Sequence[Parameter],
+    rule: Rule,
+    device: str,
+    workers: int,
+    spool: Spool,
+    inputs: Mapping[str, Inputs],
 ) -> list[list[Decomposed]]:
-    """For each parameter its matrices decomposed, to as many triples as the rule may keep."""
+    """For each parameter its matrices decomposed, to as many triples as the rule may keep.
+
+    By their worth in outputs where its inputs are known, by name.
+    """
     keep_freed_memory()
     jobs = [(n, slices) for n, p in enumerate(parameters) for slices in p.matrices]
     found: list[list[Decomposed]] = [[] for _ in parameters]
     total = sum(s.pair.tuned.num_columns * (s.stop - s.start) * 4 for _, slices in jobs for s in slices)
-    tasks = (partial(_decompose, number, parameters[number], slices, rule, device) for number, slices in jobs)
+    tasks = (
+        partial(_decompose, n, parameters[n], slices, rule, device, inputs.get(parameters[n].name))
+        for n, slices in jobs
+    )
     with (
         plain_arithmetic(),
         Progress("extracting", total) as bar,
@@ -140,20 +160,30 @@ def decompose(
         for result in done:
             S = tuple(result.S.double().tolist())
             left, right = spool.keep(result.left), spool.keep(result.right)
-            found[result.number].append(Decomposed(left, right, S, result.energy, result.edge, result.noise))
+            found[result.number].append(
+                Decomposed(left, right, S, result.energy, result.edge, result.noise, result.seen)
+            )
             bar.advance(result.num_bytes)
     return found
 
 
 def _decompose(
-    number: int, parameter: Parameter, slices: Sequence[Slice], rule: Rule, device: str
+    number: int,
+    parameter: Parameter,
+    slices: Sequence[Slice],
+    rule: Rule,
+    device: str,
+    inputs: Inputs | None,
 ) -> _Result:
     D, noise = difference(slices, device)
     num_bytes = D.numel() * 4
     D = D.view(parameter.matrix)
     energy = float(D.double().square().sum()) if D.numel() < 1 << 22 else float(_energy(D))
     edge = noise_edge(noise.of_row, noise.of_column, *D.shape)
-    low = _leading(D, parameter, rule, energy, edge)
+    if inputs is None:
+        low, seen = _leading(D, parameter, rule, energy, edge), None
+    else:
+        low, seen = _weighed(D, parameter, rule, energy, edge, inputs)
     root = low.S.clamp_min(0).sqrt()[:, None]
     safe = root.masked_fill(root == 0, 1)
     return _Result(
@@ -164,8 +194,28 @@ def _decompose(
         energy,
         edge,
         noise.energy,
+        seen,
         num_bytes,
     )
+
+
+def _weighed(
+    D: Tensor, parameter: Parameter, rule: Rule, energy: float, edge: float, inputs: Inputs
+) -> tuple[LowRank, Seen]:
+    """The triples worth most in outputs; a rank that the noise decides is that of D, whose edge is known."""
+    is_turned = parameter.place.kind is Kind.conv1d  # (in, out)
+    D = D.T.contiguous() if is_turned else D
+    whitened = inputs.whitened(D)
+    of_outputs = float(_energy(whitened))
+    if isinstance(rule.rank, NoiseEdge) and rule.fixed(parameter) is None:
+        plain = _leading(D, parameter, rule, energy, edge)
+        low = low_rank(whitened, max(len(plain.S), 1), rule.seed, rule.method).first(len(plain.S))
+    else:
+        low = _leading(whitened, parameter, rule, of_outputs, 0.0)
+        del whitened
+        plain = low_rank(D, len(low.S), rule.seed, rule.method)
+    low, seen = projected(D, low, of_outputs, plain, inputs.held_out().to(D.device))
+    return (turned(low) if is_turned else low), seen
 
 
 def _energy(D: Tensor) -> float:
@@ -225,13 +275,13 @@ def difference(slices: Sequence[Slice], device: str) -> tuple[Tensor, Noise]:
     return D, Noise(of_row, float(of_columns.max()), float(of_columns.sum()))
 
 
-def workers_for(parameters: Sequence[Parameter], most: int, free: int) -> int:
+def workers_for(parameters: Sequence[Parameter], most: int, free: int, whitened: bool = False) -> int:
     """How many matrices may be in memory at once."""
-    needed = max((bytes_needed(p) for p in parameters), default=1)
+    needed = max((bytes_needed(p, whitened) for p in parameters), default=1)
     return max(1, min(most, free // max(needed, 1)))
 
 
-def bytes_needed(parameter: Parameter) -> int:
-    """Memory for one of its matrices while it is decomposed."""
+def bytes_needed(parameter: Parameter, whitened: bool = False) -> int:
+    """Memory for one of its matrices while it is decomposed; beside itself as its inputs weigh it."""
     m, n = sorted(parameter.matrix)
-    return 4 * (2 * m * n + 4 * m * m)
+    return 4 * ((4 if whitened else 2) * m * n + 4 * m * m)

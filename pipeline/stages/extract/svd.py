@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dequantizing import dense
+from pipeline.extraction import outputs
+from pipeline.extraction.calibrating import Calibrated, Calibrating, Calibration
 from pipeline.extraction.choice import Chosen, Rest, choose, without_place
 from pipeline.extraction.decomposing import Rule, bytes_needed, decompose, workers_for
 from pipeline.extraction.differences import Change, compare
@@ -72,6 +74,12 @@ class Svd(Extract):
     """dtype of lora_A and lora_B"""
     rslora: bool = False
     """scale by alpha / sqrt(rank) instead of alpha / rank"""
+    calibration: str | None = None
+    """file of text; what modules give for it is then kept as near as can be, not their weights"""
+    calibration_tokens: int = 16384
+    """tokens that are read of it, one of eight to judge by; a module with n inputs needs n of the others"""
+    shrinkage: float = 0.01
+    """share of the mean that is added to each input's second moment"""
 
     def check(self) -> None:
         check_device(self.device)
@@ -79,9 +87,13 @@ class Svd(Extract):
             raise Refused("rank: is not set; give a number, auto, {energy: 0.95} or {parameters: 40M}")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise Refused(f"alpha: {self.alpha} is not a number above 0")
+        if self._calibration:
+            self._calibration.check()
 
     def plan(self) -> Adapter:
         chosen = self._chosen
+        if self._calibrating:
+            self._calibrating.check(self.output, self.dry_run)
         lora = [(p, self._rule.most(p)) for p in chosen.lora]
         extraction = self._extraction(chosen)
         settings = config(Content(lora, chosen), self._layout, copies=False)
@@ -92,7 +104,9 @@ class Svd(Extract):
         chosen, rule, dtype = self._chosen, self._rule, self.factors.value
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         with Spool(self._folder.parent / "factors") as spool:
-            found = decompose(chosen.lora, rule, resolve_device(self.device), self._workers, spool)
+            seen = self._calibrating(self._folder.parent) if self._calibrating else Calibrated({})
+            device = resolve_device(self.device)
+            found = decompose(chosen.lora, rule, device, self._workers, spool, seen.inputs)
             kept = ranks(chosen, rule, dtype, found)
             content = Content([(p, r) for p, r in zip(chosen.lora, kept, strict=True) if r], chosen)
             if not content.lora:
@@ -103,8 +117,14 @@ class Svd(Extract):
         without = [p.name for p, r in zip(chosen.lora, kept, strict=True) if not r]
         if without:
             chosen = replace(chosen, findings=(*chosen.findings, Finding(_left_out(without))))
+        told = (*chosen.findings, *seen.findings, *outputs.told(figures))
+        extraction = replace(
+            self._extraction(replace(chosen, findings=told)),
+            facts=figures,
+            seconds=time.monotonic() - begun,
+            inputs=seen.inputs,
+        )
         file = read_adapter(self._folder)
-        extraction = replace(self._extraction(chosen), facts=figures, seconds=time.monotonic() - begun)
         return Adapter((self._part(file.deltas, file.config, extraction),))
 
     def _part(self, deltas: tuple[Delta, ...], settings: Mapping[str, Any], extraction: Extraction) -> Part:
@@ -124,8 +144,26 @@ class Svd(Extract):
     def _extraction(self, chosen: Chosen) -> Extraction:
         disk = most_bytes(chosen, self._rule, self.factors.value)
         workers = num_workers() if self.dry_run else self._workers
-        memory = workers * max(map(bytes_needed, chosen.lora))
-        return Extraction(self._base, self._tuned, chosen, disk, memory)
+        memory = workers * max(bytes_needed(p, self._calibration is not None) for p in chosen.lora)
+        if self._calibrating:
+            memory = max(memory, self._calibrating.most_memory)
+        texts = (self._calibration.file,) if self._calibration else ()
+        return Extraction(self._base, self._tuned, chosen, disk, memory, texts=texts)
+
+    @cached_property
+    def _calibration(self) -> Calibration | None:
+        """What a calibration depends on beside the checkpoints; its `fingerprint` tells it from others."""
+        if self.calibration is None:
+            return None
+        return Calibration(self.calibration, self.calibration_tokens, self.shrinkage)
+
+    @cached_property
+    def _calibrating(self) -> Calibrating | None:
+        if self._calibration is None:
+            return None
+        device = self.device if self.dry_run else resolve_device(self.device)
+        tuned, lora = self._tuned, self._chosen.lora
+        return Calibrating(self._calibration, self._base, tuned, lora, device, self.memory_limit)
 
     @cached_property
     def _base(self) -> Checkpoint[Weight]:
@@ -215,7 +253,8 @@ class Svd(Extract):
     def _workers(self) -> int:
         device = resolve_device(self.device)
         free = self.memory_limit or memory_free(device) // 2
-        return workers_for(self._chosen.lora, num_workers() if device == "cpu" else 2, free)
+        most = num_workers() if device == "cpu" else 2
+        return workers_for(self._chosen.lora, most, free, self._calibration is not None)
 
 
 def _left_out(names: list[str]) -> str:

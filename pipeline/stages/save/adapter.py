@@ -59,7 +59,8 @@ class SaveAdapter(Save):
         plan, part, begun = self.plan(merged, adapter), _only(adapter), time.monotonic()
         assert part.extraction is not None
         folder = workplace.partial(self.output)
-        with Digests((*merged.files, *part.extraction.tuned.files), {}) as inputs:
+        read = (*merged.files, *part.extraction.tuned.files, *part.extraction.texts)
+        with Digests(read, {}) as inputs:
             for name in (WEIGHTS, CONFIG):
                 _take(part.origin.folder / name, folder / name)
             side_files = write_side_files(folder, _tokenizer(part.side_files))
