@@ -5,6 +5,7 @@ The fine-tune and not the base is run: its outputs are to be kept, and base + ad
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.answering import base_model
 from pipeline.extraction.parameters import Parameter
-from pipeline.ground import calibration, logits, workplace
+from pipeline.ground import logits, workplace
+from pipeline.ground.calibration import (
+    EVERY,
+    HELD_ROWS,
+    SEQUENCE,
+    bytes_needed,
+    cut,
+    num_fitted,
+    watch,
+)
 from pipeline.ground.digests import sha256
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.files import File
@@ -99,7 +109,7 @@ class Calibrating:
         """Refused where there is no room, or the text is too short; a dry run does not read it."""
         if not self.widths:
             raise Refused("extract.calibration: no module that gets a low rank is linear; leave it out")
-        needed = sum(4 * n * n + 4 * n * calibration.HELD_ROWS for n in self.widths.values())
+        needed = sum(4 * n * n + 4 * n * HELD_ROWS for n in self.widths.values())
         if needed > (free := workplace.free_for(output)):
             raise Refused(
                 f"extract.calibration: up to {show_bytes(needed)} are put aside beside '{output}', but its "
@@ -112,7 +122,7 @@ class Calibrating:
     @property
     def most_memory(self) -> int:
         """Bytes, as if no two modules shared their inputs."""
-        most = self._model_bytes + sum(calibration.bytes_needed(n) for n in self.widths.values())
+        most = self._model_bytes + sum(bytes_needed(n) for n in self.widths.values())
         return min(most, self.memory or most)
 
     @cached_property
@@ -122,7 +132,7 @@ class Calibrating:
     def _device(self) -> str:
         """Where the fine-tune is run; Refused where it fits nowhere."""
         widest = max(self.widths.values())
-        needed = self._model_bytes + calibration.bytes_needed(widest) + 8 * widest * widest  # with its factor
+        needed = self._model_bytes + bytes_needed(widest) + 8 * widest * widest  # with its factor
         for place in dict.fromkeys((self.device, "cpu")):
             free = self.memory or logits.memory_free(place)
             if needed <= free:
@@ -134,7 +144,7 @@ class Calibrating:
 
     @cached_property
     def _read(self) -> tuple[Any, Tensor]:
-        """The model's class, and the text in its tokens, (sequences, length); Refused where it is too short."""
+        """The model's class, and the text in its tokens, (sequences, length); Refused if too short."""
         with TemporaryDirectory() as told, logits.quiet():
             config_file = Path(told) / "config.json"
             config_file.write_text(self.tuned.config.text(self.tuned.config_edits), "utf-8")
@@ -150,55 +160,56 @@ class Calibrating:
         size = getattr(config.get_text_config(), "vocab_size", 1 << 62)
         if len(ids) < min(self.asked.tokens, len(text) // logits.CHARACTERS) or max(ids, default=0) >= size:
             raise Refused("extract.calibration: the fine-tune's tokenizer does not fit its model")
-        sequences = calibration.cut(ids, logits.longest(config, calibration.SEQUENCE))
+        sequences = cut(ids, logits.longest(config, SEQUENCE))
         self._check_length(len(ids), *sequences.shape)
         return cls, sequences
 
     def _check_length(self, num_ids: int, count: int, length: int) -> None:
         """Refused where a module that sees every token has more features than tokens are fitted to."""
         widest = max(self.widths, key=lambda name: self.widths[name])
-        least = calibration.EVERY
-        while calibration.num_fitted(least, length) < self.widths[widest]:
+        least = EVERY
+        while num_fitted(least, length) < self.widths[widest]:
             least += 1
         if count < least:
             how = "give more text" if num_ids < self.asked.tokens else "raise extract.calibration_tokens"
             raise Refused(
-                f"extract.calibration: {num_ids} tokens of '{self.asked.path}' are too few for {widest}, which "
-                f"has {self.widths[widest]} inputs; {least * length} are needed, one of {calibration.EVERY} of "
-                f"them to judge by: {how}"
+                f"extract.calibration: {num_ids} tokens of '{self.asked.path}' are too few for {widest} with "
+                f"its {self.widths[widest]} inputs; {least * length} are needed, one of {EVERY} to judge "
+                f"by: {how}"
             )
 
     def __call__(self, scratch: Path) -> Calibrated:
         """Runs the fine-tune over the text, and puts aside what its modules see."""
-        device, (cls, sequences), folder = self._device(), self._read, scratch / "inputs"
+        folder, (cls, sequences) = scratch / "inputs", self._read
         folder.mkdir(parents=True)
-        names = {p.module: p.name for p in self.parameters}
-        found: dict[str, Inputs] = {}
-        few: list[str] = []
         try:
-            with logits.quiet(), working("calibrating: loading the fine-tune"):
-                model = base_model(self.tuned, self.tuned)(cls).eval().to(device)
-            model.config.use_cache = False
-            there = dict(model.named_modules())
-            sees = {module: n for module, n in self.widths.items() if module in there}
-            room = self.memory - self._model_bytes if self.memory else logits.memory_free(device) // 2
-            workers = num_workers() if device == "cpu" else 1
-            watched = calibration.watch(model, sees, sequences, workers, room)
-            for number, (modules, moments) in enumerate(watched):
-                enough = moments.rows >= len(moments.C) and sum(map(len, moments.held))
-                one = put_aside(folder / str(number), moments, self.asked.shrinkage) if enough else None
-                if one:
-                    found |= {names[module]: one for module in modules}
-                else:
-                    few += modules
+            inputs = self._inputs(cls, sequences, self._device(), folder)
         except PipelineError:
             raise
         except Exception as error:  # whatever transformers raises about a model that reads more than text
             said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            raise PipelineError(
-                f"extract.calibration: the fine-tune does not run on text ({said})"
-            ) from error
+            raise PipelineError(f"extract.calibration: the fine-tune does not run ({said})") from error
+        gc.collect()  # the model
+        names = {p.module: p.name for p in self.parameters}
+        found = {names[module]: one for module, one in inputs.items() if one}
+        few = [module for module, one in inputs.items() if one is None]
         return Calibrated(found, tuple(self._without(found, few)))
+
+    def _inputs(self, cls: Any, sequences: Tensor, device: str, folder: Path) -> dict[str, Inputs | None]:
+        """By module; None where it saw too little."""
+        with logits.quiet(), working("calibrating: loading the fine-tune"):
+            model = base_model(self.tuned, self.tuned)(cls).eval().to(device)
+        model.config.use_cache = False
+        there = dict(model.named_modules())
+        sees = {module: n for module, n in self.widths.items() if module in there}
+        room = self.memory - self._model_bytes if self.memory else logits.memory_free(device) // 2
+        workers = num_workers() if device == "cpu" else 1
+        found: dict[str, Inputs | None] = {}
+        for number, (modules, moments) in enumerate(watch(model, sees, sequences, workers, room)):
+            enough = moments.rows >= len(moments.C) and any(len(part) for part in moments.held)
+            one = put_aside(folder / str(number), moments, self.asked.shrinkage) if enough else None
+            found |= dict.fromkeys(modules, one)
+        return found
 
     def _without(self, found: Mapping[str, Inputs], few: Sequence[str]) -> Iterator[Finding]:
         """What is decomposed by its weights alone after all."""
@@ -209,7 +220,8 @@ class Calibrating:
                 "modules); decomposed by weights alone"
             )
         if blind:
+            kinds = ", ".join(sorted({p.place.kind.value for p in blind}))
             yield Finding(
-                f"{blind[0].name} ({blind[0].place.kind.value}) has no inputs to weigh, {len(blind)} such "
-                "parameters; decomposed by weights alone"
+                f"{blind[0].name} has no inputs to weigh ({len(blind)} parameters: {kinds}); decomposed by "
+                "weights alone"
             )

@@ -56,7 +56,8 @@ def told(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
         found.append(
             Finding(
                 f"by weights alone more of the outputs of {first} would be kept ({seen[first][PLAIN]:.2%} "
-                f"instead of {seen[first][HELD]:.2%}, {len(worse)} modules); give extract.calibration more text"
+                f"instead of {seen[first][HELD]:.2%}, {len(worse)} modules); a longer text for "
+                "extract.calibration may help"
             )
         )
     return found
