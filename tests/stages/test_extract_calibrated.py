@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """Python of which the fine-tune saw the first half."""
+    """The half of it that the model saw."""
     (path := tmp_path / "calibration.txt").write_text(half(source(), 0))
     return path
 
@@ -139,7 +141,7 @@ def test_answers_on_unseen_text_are_nearer_than_by_weights(
     passed = {gate.name for gate in report.gates if gate.status is Status.passed}
     assert passed >= {"PEFT", "held", "outputs", "nearness"}
     plain, aware = (mean_kl(tuned, with_adapter(base, tmp_path / name)) for name in ("plain", "aware"))
-    assert aware < 0.9 * plain
+    assert aware < 0.8 * plain
     assert any("on text held out" in finding.text for finding in report.plan.findings)
     for name, said in facts_of(tmp_path / "aware").items():
         assert said["captured"] < facts_of(tmp_path / "plain")[name]["captured"]  # which is the price
@@ -183,7 +185,7 @@ def test_the_same_request_gives_the_same_bytes(
 def test_rules_of_rank_mean_outputs_but_noise_is_of_weights(
     pair: tuple[Path, Path], text: Path, tmp_path: Path
 ) -> None:
-    given = {"calibration": str(text)}
+    given = {"calibration": str(text), "rest": Rest.skip}
     extract(*pair, tmp_path / "energy", rank=Energy(0.9), **given)
     for name, said in facts_of(tmp_path / "energy").items():
         assert said["outputs_fitted"] >= 0.9, name
@@ -192,7 +194,7 @@ def test_rules_of_rank_mean_outputs_but_noise_is_of_weights(
     spent = sum(t.numel() for t in tensors(tmp_path / "budget").values())
     assert 5700 < spent <= 6000
     extract(*pair, tmp_path / "auto", rank=NoiseEdge(), max_rank=24, **given)
-    extract(*pair, tmp_path / "plain", rank=NoiseEdge(), max_rank=24)
+    extract(*pair, tmp_path / "plain", rank=NoiseEdge(), max_rank=24, rest=Rest.skip)
     ranks = [{name: f["rank"] for name, f in facts_of(tmp_path / way).items()} for way in ("auto", "plain")]
     assert ranks[0] == ranks[1]
 
@@ -203,7 +205,7 @@ def test_what_has_no_inputs_is_decomposed_by_its_weights(
     base, tuned = pair
     modules = ("embed_tokens", "q_proj", "lm_head")
     for name, given in (("plain", {}), ("aware", {"calibration": str(text)})):
-        report = extract(base, tuned, tmp_path / name, targeted_modules=modules, **given)
+        report = extract(base, tuned, tmp_path / name, targeted_modules=modules, rest=Rest.skip, **given)
     told = [finding.text for finding in report.plan.findings]
     assert any(t.startswith("model.embed_tokens.weight has no inputs to weigh (1") for t in told)
     plain, aware = tensors(tmp_path / "plain"), tensors(tmp_path / "aware")
@@ -369,3 +371,19 @@ def test_a_dry_run_reads_no_text(pair: tuple[Path, Path], text: Path, tmp_path: 
     assert part.extraction.memory > plain.extraction.memory
     with pytest.raises(Refused, match="the fine-tune in float32"):
         svd(*pair, tmp_path / "out", memory_limit=1000, **settings).plan()
+
+
+DRY = """
+import sys
+from pipeline.__main__ import main
+status = main()
+heavy = {"torch", "transformers", "peft", "tokenizers"} & set(sys.modules)
+sys.stderr.write(f"status {status} imported {sorted(heavy)}")
+"""
+
+
+def test_a_dry_run_of_it_imports_nothing_heavy(pair: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
+    request = [f"base_model={pair[0]}", f"finetune={pair[1]}", "output=out", "rank=4", "dry_run=true"]
+    code = [sys.executable, "-c", DRY, "recipe=extract", *request, f"extract.calibration={text}"]
+    said = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert said.stderr.endswith("status 0 imported []"), said
