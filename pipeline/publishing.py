@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.stage import SLOTS
 
-_FILES = ("verify.text",)  # settings of stages that name a file
+_FILES = ("verify.text", "extract.calibration")  # settings of stages that name a file
 
 
 def publishable(table: Mapping[str, Any]) -> dict[str, Any]:

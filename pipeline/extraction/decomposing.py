@@ -12,106 +12,30 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.extraction.parameters import Parameter, Slice
-from pipeline.ground.dtypes import DENSE_FLOATS
-from pipeline.ground.errors import Refused
-from pipeline.ground.lowrank import LowRank, Method, low_rank
+from pipeline.extraction.rule import Rule, rounding_of
+from pipeline.ground.lowrank import LowRank, low_rank
+from pipeline.ground.model_modules import Kind
 from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
 from pipeline.ground.progress import Progress, say
 from pipeline.ground.ranks import (
     Budget,
     Energy,
     NoiseEdge,
-    Rank,
     above,
-    by_pattern,
     fitted,
     for_energy,
     noise_edge,
 )
 from pipeline.ground.rounding import ulp
 from pipeline.ground.spool import Kept, Spool
+from pipeline.ground.whitening import Inputs, Seen, projected, turned
 from pipeline.pieces import Merged
-from pipeline.weight import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _NOISE_TILES = 8  # of each matrix, from which its rounding noise is taken
 _FIRST_RANK = 32  # that is tried where the noise decides
-BUDGET_MOST = 256  # rank of a module under a budget, where max_rank does not say
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How many triples are kept."""
-
-    rank: Rank
-    pattern: Mapping[str, int]
-    max_rank: int | None = None
-    multiple_of: int = 1
-    method: Method = Method.auto
-    seed: int = 0
-    menu: Sequence[int] = ()  # of ranks; a number that holds for all modules is rounded up to one of them
-
-    def most(self, parameter: Parameter) -> int:
-        """The largest rank that this parameter may get."""
-        smaller = min(*parameter.matrix, *self.menu[-1:])
-        most = min(smaller, self.max_rank) if self.max_rank else smaller
-        fixed = self.fixed(parameter)
-        if fixed is not None:
-            main = self.rounded_up(fixed) if fixed == self.rank else fixed
-            return fitted(main, most, self.multiple_of)
-        if isinstance(self.rank, Budget) and self.max_rank is None:
-            return min(most, BUDGET_MOST)
-        return most
-
-    def rounded_up(self, rank: int) -> int:
-        """The rank of the menu that holds it, if max_rank allows that."""
-        return next((n for n in self.menu if rank <= n <= (self.max_rank or n)), rank)
-
-    def fixed(self, parameter: Parameter) -> int | None:
-        """The rank that the recipe gives it as a number."""
-        own = self.own(parameter)
-        if own is not None:
-            return int(own)
-        return self.rank if isinstance(self.rank, int) else None
-
-    def asks(self, parameter: Parameter) -> tuple[object, ...]:
-        """All of it that decides which triples of this parameter are found (see `_leading`)."""
-        how = (self.most(parameter), self.method, self.seed)
-        if self.fixed(parameter) is not None or isinstance(self.rank, Budget):
-            return how
-        return (*how, self.rank, self.multiple_of)
-
-    def own(self, parameter: Parameter) -> float | None:
-        """What rank_pattern says of it."""
-        return by_pattern(parameter.rank_name, self.pattern) or by_pattern(parameter.module, self.pattern)
-
-    def exceeds(self, parameter: Parameter) -> bool:
-        """Whether the rank for all modules is more than this one's matrix has."""
-        fixed = self.fixed(parameter)
-        given = fixed is not None and self.own(parameter) is None
-        return given and min(fixed or 0, self.max_rank or fixed or 0) > min(parameter.matrix)
-
-    def check(self, parameters: Sequence[Parameter]) -> None:
-        """Refused for a rank that a matrix does not have, and for noise that is not known."""
-        for parameter in parameters:
-            fixed, smaller = self.fixed(parameter), min(parameter.matrix)
-            if fixed is not None and min(fixed, self.max_rank or fixed) > smaller:
-                rows, columns = parameter.matrix
-                key = "rank" if self.own(parameter) is None else "rank_pattern"
-                also = ", or rank_pattern with a smaller one for it" if key == "rank" else ""
-                raise Refused(
-                    f"{key}: {fixed} is more than {parameter.name} ({rows} x {columns}) has; give at most "
-                    f"{smaller}{also}"
-                )
-            if fixed is None and isinstance(self.rank, NoiseEdge):
-                for pair in parameter.pairs:
-                    if rounding_of(pair.tuned) is None:
-                        raise Refused(
-                            f"rank: auto needs the rounding noise of the fine-tune, but {pair.name} is "
-                            f"stored as {pair.tuned.stored_as}; give a number or {{energy: 0.95}}"
-                        )
 
 
 @dataclass(frozen=True)
@@ -120,10 +44,16 @@ class Decomposed:
 
     left: Kept  # (rank, rows): (U sqrt S).T
     right: Kept  # (rank, columns): SVt / sqrt S
-    S: tuple[float, ...]
+    S: tuple[float, ...]  # whose squares are what triples hold of ||D||^2
     energy: float  # ||D||^2
     edge: float  # largest singular value of rounding noise; 0 where that is not known
     noise: float  # ||D||^2 that rounding alone gives
+    seen: Seen | None = None  # what they are worth in outputs, where those decided
+
+    @property
+    def worth(self) -> tuple[float, ...]:
+        """What the triples were chosen by, falling."""
+        return self.seen.S if self.seen else self.S
 
     def captured(self, rank: int) -> float:
         """The share of ||D||^2 that the first `rank` triples hold."""
@@ -138,14 +68,8 @@ class _Result(NamedTuple):
     energy: float
     edge: float
     noise: float
+    seen: Seen | None
     num_bytes: int
-
-
-def rounding_of(weight: Weight) -> str | None:
-    """The dtype to which a fine-tune's weight was rounded; None where that is not known."""
-    if isinstance(weight, Merged):
-        return "F64"  # not rounded yet
-    return weight.stored_as if weight.stored_as in DENSE_FLOATS else None
 
 
 def decompose(
@@ -155,10 +79,12 @@ def decompose(
     workers: int,
     spool: Spool,
     keys: Sequence[str],
+    inputs: Mapping[str, Inputs],
 ) -> list[list[Decomposed]]:
     """For each parameter its matrices decomposed, to as many triples as the rule may keep.
 
-    Each is finished in the spool under its key, and what stands there already is taken as it is.
+    By their worth in outputs where its inputs are known, by name. Each is finished in the spool under its
+    key, and what stands there already is taken as it is.
     """
     keep_freed_memory()
     found = [[_decomposed(one) for one in spool.told(key) or ()] for key in keys]
@@ -166,7 +92,10 @@ def decompose(
         say(f"resuming: {standing} of {len(parameters)} modules stand already")
     jobs = [(n, slices) for n, p in enumerate(parameters) if not found[n] for slices in p.matrices]
     total = sum(s.pair.tuned.num_columns * (s.stop - s.start) * 4 for _, slices in jobs for s in slices)
-    tasks = (partial(_decompose, number, parameters[number], slices, rule, device) for number, slices in jobs)
+    tasks = (
+        partial(_decompose, n, parameters[n], slices, rule, device, inputs.get(parameters[n].name))
+        for n, slices in jobs
+    )
     with (
         plain_arithmetic(),
         Progress("extracting", total) as bar,
@@ -176,7 +105,7 @@ def decompose(
             S, key = tuple(result.S.double().tolist()), keys[result.number]
             left, right = spool.keep(key, result.left), spool.keep(key, result.right)
             own = found[result.number]
-            own.append(Decomposed(left, right, S, result.energy, result.edge, result.noise))
+            own.append(Decomposed(left, right, S, result.energy, result.edge, result.noise, result.seen))
             if len(own) == len(parameters[result.number].matrices):
                 spool.finish(key, [asdict(one) for one in own])
             bar.advance(result.num_bytes)
@@ -185,18 +114,28 @@ def decompose(
 
 def _decomposed(told: Mapping[str, Any]) -> Decomposed:
     left, right = Kept(**told["left"]), Kept(**told["right"])
-    return Decomposed(**{**told, "left": left, "right": right, "S": tuple(told["S"])})
+    weighed: list[Any] = [tuple(v) if isinstance(v, list) else v for v in told["seen"] or ()]
+    seen = Seen(*weighed) if weighed else None
+    return Decomposed(**{**told, "left": left, "right": right, "S": tuple(told["S"]), "seen": seen})
 
 
 def _decompose(
-    number: int, parameter: Parameter, slices: Sequence[Slice], rule: Rule, device: str
+    number: int,
+    parameter: Parameter,
+    slices: Sequence[Slice],
+    rule: Rule,
+    device: str,
+    inputs: Inputs | None,
 ) -> _Result:
     D, noise = difference(slices, device)
     num_bytes = D.numel() * 4
     D = D.view(parameter.matrix)
     energy = float(D.double().square().sum()) if D.numel() < 1 << 22 else float(_energy(D))
     edge = noise_edge(noise.of_row, noise.of_column, *D.shape)
-    low = _leading(D, parameter, rule, energy, edge)
+    if inputs is None:
+        low, seen = _leading(D, parameter, rule, energy, edge), None
+    else:
+        low, seen = _weighed(D, parameter, rule, energy, edge, inputs)
     root = low.S.clamp_min(0).sqrt()[:, None]
     safe = root.masked_fill(root == 0, 1)
     return _Result(
@@ -207,8 +146,28 @@ def _decompose(
         energy,
         edge,
         noise.energy,
+        seen,
         num_bytes,
     )
+
+
+def _weighed(
+    D: Tensor, parameter: Parameter, rule: Rule, energy: float, edge: float, inputs: Inputs
+) -> tuple[LowRank, Seen]:
+    """The triples worth most in outputs; a rank that the noise decides is that of D, whose edge is known."""
+    is_turned = parameter.place.kind is Kind.conv1d  # (in, out)
+    D = D.T.contiguous() if is_turned else D
+    whitened = inputs.whitened(D)
+    of_outputs = float(_energy(whitened))
+    if isinstance(rule.rank, NoiseEdge) and rule.fixed(parameter) is None:
+        plain = _leading(D, parameter, rule, energy, edge)
+        low = low_rank(whitened, max(len(plain.S), 1), rule.seed, rule.method).first(len(plain.S))
+    else:
+        low = _leading(whitened, parameter, rule, of_outputs, 0.0)
+        del whitened
+        plain = low_rank(D, len(low.S), rule.seed, rule.method)
+    low, seen = projected(D, low, of_outputs, plain, inputs.held_out().to(D.device))
+    return (turned(low) if is_turned else low), seen
 
 
 def _energy(D: Tensor) -> float:
@@ -268,13 +227,13 @@ def difference(slices: Sequence[Slice], device: str) -> tuple[Tensor, Noise]:
     return D, Noise(of_row, float(of_columns.max()), float(of_columns.sum()))
 
 
-def workers_for(parameters: Sequence[Parameter], most: int, free: int) -> int:
+def workers_for(parameters: Sequence[Parameter], most: int, free: int, whitened: bool = False) -> int:
     """How many matrices may be in memory at once."""
-    needed = max((bytes_needed(p) for p in parameters), default=1)
+    needed = max((bytes_needed(p, whitened) for p in parameters), default=1)
     return max(1, min(most, free // max(needed, 1)))
 
 
-def bytes_needed(parameter: Parameter) -> int:
-    """Memory for one of its matrices while it is decomposed."""
+def bytes_needed(parameter: Parameter, whitened: bool = False) -> int:
+    """Memory for one of its matrices while it is decomposed; beside itself as its inputs weigh it."""
     m, n = sorted(parameter.matrix)
-    return 4 * (2 * m * n + 4 * m * m)
+    return 4 * ((4 if whitened else 2) * m * n + 4 * m * m)

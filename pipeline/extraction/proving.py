@@ -9,6 +9,7 @@ from importlib.resources import files as package_files
 from math import prod
 from typing import Any
 
+from pipeline.extraction import outputs
 from pipeline.extraction.checking import held, recomputed
 from pipeline.ground import finetune_logits, logits, workplace
 from pipeline.ground.identity import digest
@@ -58,6 +59,11 @@ def proof(
         for pair in p.pairs:
             figures = {k: v for k, v in extraction.facts[p.name].items() if k not in ("energy", "captured")}
             proved.weights[pair.name] = {**figures, **proved.weights.get(pair.name, {})}
+    if extraction.inputs:
+        gate, shares = outputs.recomputed(extraction, output.merged)
+        proved.gates.append(gate)
+        for p in (p for p in extraction.chosen.lora if p.name in shares):
+            proved.weights[p.pairs[0].name][f"{outputs.HELD}_verified"] = shares[p.name]
     if loader and tokens and all(gate.status is not Status.failed for gate in proved.gates):
         _compare(output, part, tokens, text or _sample(), device, memory, loader, proved)
     return proved

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extraction.choice import Chosen
-from pipeline.extraction.decomposing import Decomposed, Rule
+from pipeline.extraction.decomposing import Decomposed
+from pipeline.extraction.outputs import in_outputs
 from pipeline.extraction.parameters import Parameter
+from pipeline.extraction.rule import Rule
 from pipeline.extraction.tensors import num_parameters, saved_bytes
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf
 from pipeline.ground.deltas.saved import Saved
@@ -21,6 +23,7 @@ from pipeline.ground.files import Extent, File
 from pipeline.ground.model_modules import Kind
 from pipeline.ground.ranks import Budget, water_filled
 from pipeline.ground.shards import Entry
+from pipeline.ground.whitening import Inputs
 from pipeline.weight import Checkpoint, Weight
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ class Extraction:
     memory: int  # bytes for matrices while they are decomposed, at most
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0  # that decomposing took
+    inputs: Mapping[str, Inputs] = field(default_factory=dict)  # of parameters whose outputs decided
+    texts: tuple[File, ...] = ()  # that those were taken from
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ def _purse(chosen: Chosen, rule: Rule, budget: Budget, dtype: str) -> int:
 
 def _spectrum(matrices: Sequence[Decomposed], count: int) -> list[float]:
     """Of several matrices that share a rank: the energies of their triples together."""
-    return [float(sum(d.S[i] ** 2 for d in matrices if i < len(d.S)) ** 0.5) for i in range(count)]
+    return [float(sum(d.worth[i] ** 2 for d in matrices if i < len(d.S)) ** 0.5) for i in range(count)]
 
 
 def facts(p: Parameter, rank: int, matrices: Sequence[Decomposed]) -> dict[str, Any]:
@@ -164,6 +169,7 @@ def facts(p: Parameter, rank: int, matrices: Sequence[Decomposed]) -> dict[str, 
         "captured": held / energy if energy else 1.0,
         "residual": max(1 - held / energy, 0.0) ** 0.5 if energy else 0.0,
         "noise_share": min(noise / energy, 1.0) if energy else 0.0,
-        "largest": max((d.S[0] for d in matrices if d.S), default=0.0),
+        "largest": max((max(d.S) for d in matrices if d.S), default=0.0),
         "noise_edge": max(d.edge for d in matrices),
+        **in_outputs(rank, matrices),
     }

@@ -26,7 +26,7 @@ from pipeline.ground.progress import working
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHARACTERS = 16  # of a text that no tokenizer makes one token of, on average
+CHARACTERS = 16  # of a text that no tokenizer makes one token of, on average
 SEQUENCE = 128  # tokens in one forward pass
 _TOGETHER = 4  # sequences in one pass, where the noise of the evaluation is measured
 _PREDICT_NEXT = ("CausalLM", "LMHead", "ConditionalGeneration")  # in the names of such classes
@@ -189,25 +189,25 @@ def tokens_of(
     if tokenizer is not None:
         whole = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
         ids = whole[first : first + count]
-        speaks = len(whole) >= min(count, len(text) // _CHARACTERS)  # transformers makes one of nothing
+        speaks = len(whole) >= min(count, len(text) // CHARACTERS)  # transformers makes one of nothing
         if len(whole) and speaks and int(whole.max()) < size:
             if first and not len(ids):
                 raise TextEnds
             if len(ids) < count:
                 assumed.append(f"logits were compared on {len(whole)} tokens, all that the text has")
-            length = min(_longest(config), len(ids))
+            length = min(longest(config), len(ids))
             return ids[: len(ids) // length * length].view(-1, length)
     assumed.append("logits were compared on random tokens, because the model has no tokenizer that loads")
     random = torch.Generator().manual_seed(first)
-    length = min(_longest(config), count)
+    length = min(longest(config), count)
     return torch.randint(size, (max(count // length, 1), length), generator=random)
 
 
-def _longest(config: Any) -> int:
-    """Tokens of a sequence: SEQUENCE, or fewer where the model has no more positions."""
+def longest(config: Any, wanted: int = SEQUENCE) -> int:
+    """Tokens of a sequence: as many as wanted, or fewer where the model has no more positions."""
     text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or SEQUENCE
-    return min(SEQUENCE, max(int(most) - 2, 1))  # RoBERTa's positions begin at 2
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or wanted
+    return min(wanted, max(int(most) - 2, 1))  # RoBERTa's positions begin at 2
 
 
 def adapted(models: Models, cls: type, device: str) -> Any:

@@ -10,21 +10,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline.dequantizing import dense
+from pipeline.extraction import outputs
+from pipeline.extraction.calibrating import Calibrated, Calibrating, Calibration
 from pipeline.extraction.choice import Asked, Chosen, Rest, check_patterns, choose, without_place
-from pipeline.extraction.decomposing import Rule, bytes_needed, decompose, workers_for
-from pipeline.extraction.differences import Change, compare
+from pipeline.extraction.decomposing import bytes_needed, decompose, workers_for
 from pipeline.extraction.engines import Engine, check_for, fitted, menu_of, scaled
-from pipeline.extraction.identity import key, surroundings
-from pipeline.extraction.pairs import Pair, paired
-from pipeline.extraction.parameters import Parameter, parameters
+from pipeline.extraction.identity import key
 from pipeline.extraction.result import Extraction, check_budget, facts, most_bytes, planned, ranks
+from pipeline.extraction.rule import Rule
+from pipeline.extraction.sides import Sides, saved_whole
 from pipeline.extraction.tensors import Content, Layout
 from pipeline.extraction.writing import config, write
 from pipeline.ground import workplace
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS, read_adapter
 from pipeline.ground.deltas.delta import Delta
-from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
@@ -33,19 +32,14 @@ from pipeline.ground.hub import Source
 from pipeline.ground.logits import memory_free
 from pipeline.ground.lowrank import Method
 from pipeline.ground.manifest import published
-from pipeline.ground.model_modules import Model, in_memory
 from pipeline.ground.progress import say
 from pipeline.ground.report import Finding
-from pipeline.ground.spool import Spool, told
-from pipeline.loading import load_checkpoint
-from pipeline.merging import merged
-from pipeline.pieces import FromAdapter, Merged
+from pipeline.ground.spool import Spool
 from pipeline.settings import set_as
 from pipeline.stage import Extract, stage
 from pipeline.stages.extract.peft import Peft
 from pipeline.stream import num_workers
-from pipeline.tying import Tied
-from pipeline.weight import Adapter, Checkpoint, Part, Weight
+from pipeline.weight import Adapter, Part
 
 
 @stage("svd")
@@ -80,6 +74,12 @@ class Svd(Extract):
     """scale by alpha / sqrt(rank) instead of alpha / rank"""
     engine: Engine = field(default=Engine.peft, metadata=set_as("save", "for_"))
     """what is to load the adapter; only what that takes is extracted"""
+    calibration: str | None = None
+    """file of text; what modules give for it is then kept as near as can be, not their weights"""
+    calibration_tokens: int = 16384
+    """tokens that are read of it, one of eight to judge by; a module with n inputs needs n of the others"""
+    shrinkage: float = 0.01
+    """share of the mean that is added to each input's second moment"""
 
     def check(self) -> None:
         check_device(self.device)
@@ -94,9 +94,13 @@ class Svd(Extract):
             rslora=self.rslora,
             saved=self.saved_modules,
         )
+        if self._calibration:
+            self._calibration.check()
 
     def plan(self) -> Adapter:
         chosen = self._chosen
+        if self._calibrating:
+            self._calibrating.check(self.output, self.dry_run)
         lora = [(p, self._rule.most(p)) for p in chosen.lora]
         extraction = self._extraction(chosen)
         settings = config(Content(lora, chosen), self._scaled(rank for _, rank in lora), copies=False)
@@ -105,13 +109,17 @@ class Svd(Extract):
     def __call__(self) -> Adapter:
         begun = time.monotonic()
         chosen, rule, dtype = self._chosen, self._rule, self.factors.value
-        keys, compared = self._keys, self._compared
+        keys, compared = self._keys, self._sides.compared
+        sides = self._sides
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
         with Spool(workplace.standing(self.output), (*keys, compared)) as spool:
             if spool.num_removed:
                 say(f"note: what an earlier run left for other inputs or settings is removed: {spool.folder}")
             if spool.told(compared) is None:
-                spool.finish(compared, {name: astuple(c) for name, c in (self._changes or {}).items()})
-            found = decompose(chosen.lora, rule, resolve_device(self.device), self._workers, spool, keys)
+                spool.finish(compared, {name: astuple(c) for name, c in (sides.changes or {}).items()})
+            seen = self._calibrating(self._folder.parent) if self._calibrating else Calibrated({})
+            device = resolve_device(self.device)
+            found = decompose(chosen.lora, rule, device, self._workers, spool, keys, seen.inputs)
             kept = ranks(chosen, rule, dtype, found)
             content = Content([(p, r) for p, r in zip(chosen.lora, kept, strict=True) if r], chosen)
             if not content.lora:
@@ -122,8 +130,14 @@ class Svd(Extract):
         without = [p.name for p, r in zip(chosen.lora, kept, strict=True) if not r]
         if without:
             chosen = replace(chosen, findings=(*chosen.findings, Finding(_left_out(without))))
+        told = (*chosen.findings, *seen.findings, *outputs.told(figures))
+        extraction = replace(
+            self._extraction(replace(chosen, findings=told)),
+            facts=figures,
+            seconds=time.monotonic() - begun,
+            inputs=seen.inputs,
+        )
         file = read_adapter(self._folder)
-        extraction = replace(self._extraction(chosen), facts=figures, seconds=time.monotonic() - begun)
         return Adapter((self._part(file.deltas, file.config, extraction),))
 
     def _part(self, deltas: tuple[Delta, ...], settings: Mapping[str, Any], extraction: Extraction) -> Part:
@@ -134,8 +148,8 @@ class Svd(Extract):
             deltas=deltas,
             config=settings,
             origin=Source(self._folder, self.finetune or self._folder.name),
-            files=(*own, *self._tuned.files),
-            side_files=() if self._tuned is self._base else self._tuned.side_files,
+            files=(*own, *self._sides.tuned.files),
+            side_files=() if self._sides.tuned is self._sides.base else self._sides.tuned.side_files,
             findings=(*extraction.chosen.findings, *self._strangers, *self._rounded_up),
             extraction=extraction,
         )
@@ -143,82 +157,60 @@ class Svd(Extract):
     def _extraction(self, chosen: Chosen) -> Extraction:
         disk = most_bytes(chosen, self._rule, self.factors.value)
         workers = num_workers() if self.dry_run else self._workers
-        memory = workers * max(map(bytes_needed, chosen.lora))
-        return Extraction(self._base, self._tuned, chosen, disk, memory)
+        memory = workers * max(bytes_needed(p, self._calibration is not None) for p in chosen.lora)
+        if self._calibrating:
+            memory = max(memory, self._calibrating.most_memory)
+        texts = (self._calibration.file,) if self._calibration else ()
+        return Extraction(self._sides.base, self._sides.tuned, chosen, disk, memory, texts=texts)
 
     @cached_property
-    def _base(self) -> Checkpoint[Weight]:
-        return dense(load_checkpoint("base_model", self.base_model, download=not self.dry_run))
-
-    @cached_property
-    def _tuned(self) -> Checkpoint[Weight]:
-        """The fine-tune; of adapters, the merge of them into the base, to come."""
-        if self.finetune:
-            return dense(load_checkpoint("finetune", self.finetune, download=not self.dry_run))
-        adapter = Peft(adapter=self.adapter, dry_run=self.dry_run)()
-        found = merged(self._base, adapter, 1.0, "F32", self.names, Tied.auto)
-        for weight in found.weights:
-            for placed in weight.placed if isinstance(weight, Merged) else ():
-                if placed.delta.replaces and not isinstance(placed.delta, Saved):
-                    raise Refused(
-                        f"adapter: '{placed.delta.module}' has {placed.describe()}, whose change depends on "
-                        "the base and is no sum; merge it, and extract from the result with finetune="
-                    )
-        tokenizer = next((p.side_files for p in adapter.parts if p.side_files), ())
-        return replace(found, side_files=tokenizer, files=adapter.files, origin=adapter.parts[0].origin)
-
-    @cached_property
-    def _pairs(self) -> tuple[Pair, ...]:
-        return paired(self._base, self._tuned)
-
-    @cached_property
-    def _changes(self) -> dict[str, Change] | None:
-        """The comparing pass, or what an earlier run saw; a dry run reads no weight."""
-        if self.dry_run:
+    def _calibration(self) -> Calibration | None:
+        """What a calibration depends on beside the checkpoints; its `fingerprint` tells it from others."""
+        if self.calibration is None:
             return None
-        if seen := told(workplace.standing(self.output) / self._compared):
-            return {name: Change(*change) for name, change in seen.items()}
-        return dict(compare(self._pairs, resolve_device(self.device), self._tuned_key))
+        return Calibration(self.calibration, self.calibration_tokens, self.shrinkage)
 
     @cached_property
-    def _inputs(self) -> str:
-        return surroundings((*self._base.files, *self._tuned.files), resolve_device(self.device))
+    def _calibrating(self) -> Calibrating | None:
+        if self._calibration is None:
+            return None
+        device = self.device if self.dry_run else resolve_device(self.device)
+        tuned, lora = self._sides.tuned, self._chosen.lora
+        return Calibrating(self._calibration, self._sides.base, tuned, lora, device, self.memory_limit)
 
     @cached_property
-    def _compared(self) -> str:
-        """The key of what the comparing pass sees."""
-        return key(self._inputs, *self._pairs)
+    def _sides(self) -> Sides:
+        peft = Peft(adapter=self.adapter, dry_run=self.dry_run)
+        device = self.device if self.dry_run else resolve_device(self.device)
+        return Sides(self.base_model, self.finetune, peft, self.names, self.output, device, self.dry_run)
 
     @cached_property
     def _keys(self) -> list[str]:
         """The keys of all matrices of each parameter of low rank, decomposed."""
-        return [key(self._inputs, p, self._rule.asks(p)) for p in self._chosen.lora]
-
-    @cached_property
-    def _model(self) -> Model | None:
-        return None if self.dry_run else in_memory(self._base.config.read())
-
-    @cached_property
-    def _parameters(self) -> tuple[tuple[Parameter, ...], tuple[Pair, ...]]:
-        return parameters(self._pairs, self._model, self._base.config.model_type)
+        inputs, calibration = self._sides.inputs, self._calibration and self._calibration.fingerprint
+        return [key(inputs, calibration, p, self._rule.asks(p)) for p in self._chosen.lora]
 
     @cached_property
     def _strangers(self) -> tuple[Finding, ...]:
         """What no adapter can hold; looked for before anything is decomposed, since it may be refused."""
-        return tuple(without_place(self._parameters[1], self._changes, self.rest)) if self._changes else ()
+        return (
+            tuple(without_place(self._sides.parameters[1], self._sides.changes, self.rest))
+            if self._sides.changes
+            else ()
+        )
 
     @cached_property
     def _chosen(self) -> Chosen:
         saved = self.saved_modules
         if not self.finetune and saved is None:
-            saved = tuple(f"re:{re.escape(name)}" for name in _saved_by_adapters(self._pairs))
-        found, patterns = self._parameters[0], (self.rank_pattern, self.alpha_pattern)
+            saved = tuple(f"re:{re.escape(name)}" for name in saved_whole(self._sides.pairs))
+        found, patterns = self._sides.parameters[0], (self.rank_pattern, self.alpha_pattern)
         check_patterns(found, dict(zip(("rank_pattern", "alpha_pattern"), patterns, strict=True)))
         carried = not self.finetune and self.targeted_modules is None and self.rest is Rest.refuse
         rest = Rest.save if carried else self.rest  # all that adapters hold is meant
         asked = Asked(self.targeted_modules, saved or None, rest, self._rule.exceeds)
-        chosen = choose(found, self._changes, asked, self._model)
-        chosen = fitted(chosen, self.engine, self._layout, self._changes, self.saved_modules)
+        chosen = choose(found, self._sides.changes, asked, self._sides.model)
+        chosen = fitted(chosen, self.engine, self._layout, self._sides.changes, self.saved_modules)
         if not chosen.lora:
             raise Refused(
                 f"targeted_modules: only {chosen.saved[0].name} and the like changed, and PEFT takes no "
@@ -229,11 +221,6 @@ class Svd(Extract):
             check_budget(chosen, self._rule, self.factors.value)
             _ = self._strangers
         return chosen
-
-    @property
-    def _tuned_key(self) -> str:
-        """The recipe's key that the tuned weights come of."""
-        return "finetune" if self.finetune else "adapter"
 
     @cached_property
     def _rule(self) -> Rule:
@@ -252,10 +239,11 @@ class Svd(Extract):
 
     @cached_property
     def _layout(self) -> Layout:
-        origin, said = self._base.origin, self._base.config.read()
-        shares = self._base.config.tied is not False and self._tuned.config.tied is not False
-        head = self._model.head if self._model else "lm_head" if self._base.config.tied else None
-        own = any(head and pair.name.endswith(f"{head}.weight") for pair in self._pairs)
+        sides = self._sides
+        origin, said = sides.base.origin, sides.base.config.read()
+        shares = sides.base.config.tied is not False and sides.tuned.config.tied is not False
+        head = sides.model.head if sides.model else "lm_head" if sides.base.config.tied else None
+        own = any(head and pair.name.endswith(f"{head}.weight") for pair in sides.pairs)
         return Layout(
             alpha=self.alpha,
             alpha_pattern=self.alpha_pattern,
@@ -264,34 +252,22 @@ class Svd(Extract):
             trained_on=published(origin).name,
             revision=origin.commit,
             architectures=said.get("architectures") or [],
-            modules=self._model.modules if self._model else (),
+            modules=sides.model.modules if sides.model else (),
             head=head if shares and not own else None,
         )
 
     @property
     def _folder(self) -> Path:
-        name = re.sub(r"[^\w.-]", "_", published(self._tuned.origin).name) + "-lora"
+        name = re.sub(r"[^\w.-]", "_", published(self._sides.tuned.origin).name) + "-lora"
         return workplace.scratch(self.output) / name
 
     @property
     def _workers(self) -> int:
         device = resolve_device(self.device)
         free = self.memory_limit or memory_free(device) // 2
-        return workers_for(self._chosen.lora, num_workers() if device == "cpu" else 2, free)
+        most = num_workers() if device == "cpu" else 2
+        return workers_for(self._chosen.lora, most, free, self._calibration is not None)
 
 
 def _left_out(names: list[str]) -> str:
     return f"nothing of {names[0]} is worth a rank ({len(names)} modules are left out)"
-
-
-def _saved_by_adapters(pairs: tuple[Pair, ...]) -> list[str]:
-    """The modules that adapters hold whole; a trained bias is none."""
-    return [
-        pair.name.rpartition(".")[0]
-        for pair in pairs
-        if not pair.name.endswith(".bias") and (isinstance(pair.tuned, FromAdapter) or _holds_saved(pair))
-    ]
-
-
-def _holds_saved(pair: Pair) -> bool:
-    return isinstance(pair.tuned, Merged) and any(isinstance(p.delta, Saved) for p in pair.tuned.placed)

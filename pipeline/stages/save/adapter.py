@@ -68,12 +68,14 @@ class SaveAdapter(Save):
         plan, part, begun = self.plan(merged, adapter), _only(adapter), time.monotonic()
         assert part.extraction is not None
         folder = workplace.partial(self.output)
-        with Digests((*merged.files, *part.extraction.tuned.files), {}) as inputs:
+        read = (*merged.files, *part.extraction.tuned.files, *part.extraction.texts)
+        with Digests(read, {}) as inputs:
             for name in (WEIGHTS, CONFIG):
                 _take(part.origin.folder / name, folder / name)
             side_files = write_side_files(folder, _tokenizer(part.side_files))
             hashed = inputs.result()
         owners = ["base" for _ in merged.files] + ["finetune" for _ in part.extraction.tuned.files]
+        owners += ["calibration" for _ in part.extraction.texts]
         (folder / "README.md").write_text(_card(plan, part, self._served(part)), "utf-8")
         written = [p for p in sorted(folder.rglob("*")) if p.is_file() and not is_hidden(p, folder)]
         base, tuned = published(merged.origin), published(part.extraction.tuned.origin)
