@@ -104,7 +104,6 @@ def test_the_reference_runs_once_for_all_outputs_and_figures_are_the_same_bits(
     "axis",
     [
         "dequantize=auto,simulate",
-        "verify.tokens=64,128",
         "adapter=adapter,other",
         "verify.text=text.txt,more.txt",
     ],
