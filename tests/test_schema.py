@@ -46,7 +46,7 @@ def make() -> None:
     write_tokenizer(Path("base"))
     write_adapter(Path("adapter"))
     write_adapter(Path("other"), adapter_tensors(seed=3))
-    run(MERGE, output="merged", verify={"tokens": 96, "prompt": "2 3 5"})
+    run(MERGE, output="merged", verify={"tokens": 96, "prompts": "2 3 5"})
     run(MERGE, output="unchecked", verify="none")
     run(MERGE, output="files", verify="structure", save={"dtype": "float16", "rounding": "auto"})
     run(MERGE, output="chance", save={"rounding": "stochastic"}, **FILES)
@@ -56,6 +56,7 @@ def make() -> None:
     several = [{"path": "adapter", "weight": 0.5}, "other"]
     run({**MERGE, "adapter": several}, output="several", **FILES)
     run("verify", **MERGE, output="merged", report="seen.json", **FILES)
+    run("verify", **MERGE, output="merged", report="thorough.json", verify="thorough", **{"verify.tokens": 0})
     broken = base_tensors()
     broken["model.layers.0.self_attn.q_proj.weight"] = floats("BF16", [[float("nan")] * 32] * 32)
     write_base(Path("elsewhere"), broken)
@@ -79,7 +80,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(made: Path) -> dict[str, dict[str, Any]]:
     """What each run has told, by the kind of file and its path."""
     folder = made
-    reports = [*folder.rglob("report.json"), folder / "seen.json", folder / "broken.json"]
+    beside = ("seen.json", "thorough.json", "broken.json")
+    reports = [*folder.rglob("report.json"), *(folder / name for name in beside)]
     found = {"report": reports, "merge": list(folder.rglob("merge.json"))}
     return {
         kind: {str(path.relative_to(folder)): strictly(path) for path in paths}

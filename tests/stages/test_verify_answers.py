@@ -45,7 +45,7 @@ def test_every_prompt_is_answered_by_all_three_and_shown(
         assert said["merged"] == said["adapter"]
     written = json.loads((tmp_path / "out" / "report.json").read_text())["answers"]
     assert written == [dict(said) for said in report.answers]
-    page, shown = report_page(report, {}), capsys.readouterr().out
+    page, shown = report_page(report), capsys.readouterr().out
     for prompt in ("one &lt;b&gt;?", "two?"):
         assert prompt in page
     assert shown.count("answers\n") == 2
