@@ -52,7 +52,7 @@ def sentence(
 
 def _unknown(key: str, keys: Collection[str]) -> str:
     if key in keys:
-        return f"{key}: the stage that is chosen here has no such setting"
+        return f"{key}: no such key of the stage that is chosen here"
     return f"{key}: no such key{nearest(key, keys)}"
 
 

@@ -186,7 +186,7 @@ def test_an_output_that_exists_is_not_written_over(tmp_path: Path) -> None:
 def test_a_setting_of_merged_output_is_none_of_an_adapters(tmp_path: Path) -> None:
     write(tmp_path)
     sentence = refusal(tmp_path, *EXTRACT, "save.dtype=bfloat16")
-    assert sentence == "save.dtype: the stage that is chosen here has no such setting"
+    assert sentence == "save.dtype: no such key of the stage that is chosen here"
 
 
 # Which modules
