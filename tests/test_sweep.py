@@ -192,6 +192,7 @@ def test_a_cell_is_no_formula_and_no_markup() -> None:
     evil = [Row("=cmd|' /C calc'!A0", "failed", "<script>x</script>"), row("<b>", ratio=1.0, size=1.0)]
     cells = list(csv.reader(StringIO(as_csv(evil))))
     assert cells[2][0].startswith("'=cmd")
+    assert cells[1][:3] == ["<b>", "verified", ""]
     page = as_page(evil, {"merge": {"weight": "<i>"}})
     assert "<script" not in page
     assert "<b>" not in page.replace('<b class="word">', "").replace("<b>=cmd", "")

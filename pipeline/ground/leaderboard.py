@@ -186,7 +186,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def _plain(text: str) -> str:
     """A cell that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in "=+-@\t\r" else text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def as_page(rows: Sequence[Row], settings: Mapping[str, Any], under: float | None = None) -> str:

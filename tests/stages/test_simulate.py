@@ -19,7 +19,7 @@ from pipeline.ground.report import Finding
 from pipeline.simulated import Simulated
 from pipeline.stages.dequantize.simulate import QuantType
 from pipeline.trained_base import which_base
-from pipeline.weight import Weight
+from pipeline.weight import Adapter, Weight
 from tests.models import tensors, write_llama, write_lora
 from tests.quantizing import formats, is_linear, write_base
 from tests.running import merge, pipeline
@@ -177,9 +177,30 @@ def test_a_plan_tells_of_an_adapter_trained_on_quantized_weights(
 ) -> None:
     (told,) = [t for t in findings(made, tmp_path, name) if "trained on" in t]
     assert f"'{name}'" in told and "dequantize=none" in told
-    assert ("dequantize=simulate" in told) == simulate
+    assert ("dequantize=simulate" in told) == simulate == ("times the delta" in told)
     for chosen in ("simulate", "none"):
         assert not [t for t in findings(made, tmp_path, name, dequantize=chosen) if "trained on" in t]
+
+
+def test_a_plan_says_how_far_the_bases_are_apart(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """The number beside bitsandbytes' own NF4 of every merged weight; small ones are looked at whole."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+
+    (told,) = findings(made, tmp_path, "org/model-bnb-4bit")
+    merge(*made, tmp_path / "wide", dtype="float32")
+    base, wide = tensors(made[0]), tensors(tmp_path / "wide")
+    apart = {}
+    for name in (name for name in base if not torch.equal(base[name].float(), wide[name])):
+        codes, state = functional.quantize_4bit(base[name].float(), quant_type="nf4", blocksize=64)
+        state.shape = torch.Size((1, base[name].numel()))  # as above
+        four = functional.dequantize_4bit(codes, state).view(base[name].shape)
+        shift = four.double() - base[name].double()
+        apart[name] = float(shift.norm() / (wide[name].double() - base[name].double()).norm())
+    assert len(apart) == 4
+    most = max(apart, key=lambda name: apart[name])
+    middle = sum(sorted(apart.values())[1:3]) / 2
+    assert f"{middle:.3g} times the delta away from what NF4 makes of them" in told
+    assert f"(median of 4 weights, {apart[most]:.3g} in {most})" in told
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "base", "", "/home/me/models/tiny"])
@@ -198,4 +219,6 @@ def test_a_plan_tells_which_codes_it_merges_onto(made: tuple[Path, Path], tmp_pa
     (told,) = which_base(merged, p.extract())
     assert told.text.startswith("the base is held as FP8 E4M3, a scale per row and merged as that decodes")
     assert which_base(replace(merged, left_open=False), p.extract()) == ()
+    extracted: Any = replace(p.extract().parts[0], extraction="of a fine-tune")  # which no base has trained
+    assert which_base(merged, Adapter((extracted,))) == ()
     assert isinstance(told, Finding)

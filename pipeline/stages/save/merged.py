@@ -73,9 +73,10 @@ class SaveMerged(Save):
             raise Refused(
                 f"output: '{self.output}' needs {show_bytes(disk)}, but its disk has {show_bytes(free)} free"
             )
+        told = (*forms.checkpoint.findings, *which_base(merged, adapter))
         return describe(
             shards,
-            forms.checkpoint,
+            replace(forms.checkpoint, findings=told),
             adapter,
             output=self.output.name,
             dtype=dtypes.config_name(self._stored_dtype(merged.dtype, merged.dtype)),
@@ -140,7 +141,6 @@ class SaveMerged(Save):
     ) -> tuple[Forms, tuple[PlannedShard, ...]]:
         """What every weight is held as, and where."""
         limit = self.max_shard_size and parse_bytes("save.max_shard_size", self.max_shard_size)
-        merged = replace(merged, findings=(*merged.findings, *which_base(merged, adapter)))
         forms = held_as(merged, self.quantize, lambda w: self._stored_dtype(merged.dtype, w.dtype))
         form = lambda weight: forms.of[weight.name]  # noqa: E731
         return forms, plan_shards(forms.checkpoint, form, limit or None, self.rounding, self.seed)
