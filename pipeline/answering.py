@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.combined import Combined
-from pipeline.ground import logits
+from pipeline.deferring import Layerwise, deferred_base, deferred_folder
+from pipeline.ground import layerwise, logits
 from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.device import resolve_device
 from pipeline.ground.errors import Refused
 from pipeline.ground.gates import REPORTED, Limits, judge, limits_of
+from pipeline.ground.manifest import peak_memory
 from pipeline.ground.model_config import QUANTIZATION_KEYS, ConfigFile, edited
 from pipeline.ground.peft_faults import fault
 from pipeline.ground.report import Gate, Status
 from pipeline.ground.units import show_bytes
+from pipeline.ground.unread import Stream
 from pipeline.ground.written import Written
 from pipeline.pieces import Merged
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
@@ -34,6 +37,7 @@ class Asked:
     limits: Limits
     device: str
     memory_limit: int | None = None
+    layerwise: Layerwise = Layerwise.auto
 
 
 class _Skipped(Exception):  # noqa: N818  it reads like what happened
@@ -69,8 +73,7 @@ def answers(
     reported = _coded(output) and asked.limits.max_ratio is None  # `retained` judges what codes lose
     wanted = REPORTED if reported else f"ratio <= {asked.limits.over(usual).max_ratio:g}"
     try:
-        models, device = _models(output, base, adapter, asked)
-        outcome = logits.compare(models, _text(asked), asked.tokens, asked.prompt, device)
+        outcome = _compared(output, base, adapter, asked)
     except _Skipped as reason:
         findings.append(f"logits were not compared{reason.finding}")
         gates.append(Gate("logits", Status.skipped, reason.seen, wanted))
@@ -94,10 +97,44 @@ def _text(asked: Asked) -> str:
     return package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
 
 
-def _models(
-    output: Output, base: Checkpoint[Weight], adapter: Adapter, asked: Asked
-) -> tuple[logits.Models, str]:
-    """What is compared and where; _Skipped where there is no reference, or not enough memory for it."""
+def _compared(output: Output, base: Checkpoint[Weight], adapter: Adapter, asked: Asked) -> logits.Outcome:
+    """Runs the models, whole or layer by layer; _Skipped where there is no reference, or no memory."""
+    adapters = _reference(output, adapter)
+    vocabulary = max((prod(w.shape[:1]) for w in base.weights if len(w.shape) == 2), default=1)
+    needed = logits.memory_needed(output.plan.num_parameters, vocabulary, asked.tokens)
+    wanted = device = resolve_device(asked.device)
+    if device != "cpu" and needed > logits.memory_free(device):
+        device = "cpu"
+    free = asked.memory_limit or logits.memory_free(device)
+    if asked.layerwise is Layerwise.always or (needed > free and asked.layerwise is Layerwise.auto):
+        stream = Stream()
+        models = logits.Models(
+            output.folder,
+            adapters,
+            deferred_base(base, output.merged, stream),
+            deferred_folder(output, stream),
+        )
+        layers = layerwise.Layers(stream, asked.memory_limit or logits.memory_free(wanted), wanted)
+        try:
+            outcome = layerwise.compare(models, layers, _text(asked), asked.tokens, asked.prompt)
+        except layerwise.DoesNotFit as reason:
+            raise _Skipped("not enough memory", f": {reason}") from None
+    elif needed > free:
+        raise _Skipped(
+            "not enough memory",
+            f": that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free; "
+            "verify.layerwise=auto reads one layer at a time",
+        )
+    else:
+        decoded = _decoded_model(output) if _coded(output) else None
+        models = logits.Models(output.folder, adapters, base_model(base, output.merged), decoded)
+        outcome = logits.compare(models, _text(asked), asked.tokens, asked.prompt, device)
+    outcome.figures["peak_memory"] = peak_memory()
+    return outcome
+
+
+def _reference(output: Output, adapter: Adapter) -> list[tuple[Path, float]]:
+    """The adapters that base + unmerged adapter is made of; _Skipped where there is no such reference."""
     if methods := {w.combination.method for w in output.merged.weights if isinstance(w, Combined)}:
         raise _Skipped(
             "no reference for the combination",
@@ -108,19 +145,7 @@ def _models(
     adapters = _adapters(adapter, output.merged)
     if any(f != 1 for _, f in adapters) and not all(isinstance(d, Lora) for d in adapter.deltas):
         raise _Skipped("no reference for the weight", ": PEFT gives a weight to LoRA only")
-    vocabulary = max((prod(w.shape[:1]) for w in base.weights if len(w.shape) == 2), default=1)
-    needed = logits.memory_needed(output.plan.num_parameters, vocabulary, asked.tokens)
-    device = resolve_device(asked.device)
-    if device != "cpu" and needed > logits.memory_free(device):
-        device = "cpu"
-    free = asked.memory_limit or logits.memory_free(device)
-    if needed > free:
-        raise _Skipped(
-            "not enough memory",
-            f": that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free",
-        )
-    decoded = _decoded_model(output) if _coded(output) else None
-    return logits.Models(output.folder, adapters, base_model(base, output.merged), decoded), device
+    return adapters
 
 
 def _coded(output: Output) -> bool:

@@ -32,6 +32,7 @@ CONTRACT = {
     "binding",
     "combined",
     "contents",
+    "deferring",
     "dequantizing",
     "diagnosing",
     "extraction",

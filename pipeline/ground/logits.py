@@ -72,7 +72,7 @@ def compare(models: Models, text: str, num_tokens: int, prompt: str | None, devi
                 with with_lora.disable_adapter():
                     without, first = outputs(with_lora, tokens), _answer(with_lora, tokenizer, prompt)
         except Exception as error:  # whatever transformers or PEFT raise about base and adapter
-            raise CannotCompare(_reason(error)) from error
+            raise CannotCompare(reason(error)) from error
         del with_lora
         gc.collect()
         if device.startswith("cuda"):
@@ -82,9 +82,9 @@ def compare(models: Models, text: str, num_tokens: int, prompt: str | None, devi
                 merged = _merged(models, cls).eval().to(device)
                 with_merged, third = outputs(merged, tokens), _answer(merged, tokenizer, prompt)
         except (MemoryError, torch.OutOfMemoryError) as error:  # says nothing about the merge
-            raise CannotCompare(_reason(error)) from error
+            raise CannotCompare(reason(error)) from error
         except Exception as error:
-            raise MergedDoesNotRun(_reason(error)) from error
+            raise MergedDoesNotRun(reason(error)) from error
         next_tokens = following(tokens, cls, len(with_merged))
         figures = {**compared(with_adapter, without, with_merged, next_tokens), "kl_floor": floor}
     answers = {"base": first, "adapter": second, "merged": third}
@@ -100,7 +100,8 @@ def _merged(models: Models, cls: Any) -> Any:
     return cls.from_pretrained(models.merged, dtype=torch.float32, trust_remote_code=False)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """An error of a library in a few words."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
@@ -133,7 +134,7 @@ def prepare(folder: Path) -> tuple[Any, Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config that transformers takes for broken
-        raise MergedDoesNotRun(_reason(error)) from error
+        raise MergedDoesNotRun(reason(error)) from error
     cls = getattr(transformers, (config.architectures or [""])[0], None)
     if cls is None:
         raise CannotCompare(f"transformers has no class {config.architectures}, and custom code is never run")
@@ -200,13 +201,16 @@ def outputs(model: Any, tokens: Tensor) -> Tensor:
     """`(positions, classes)` log-probabilities; of a model without a head, its hidden states; on the CPU."""
     import torch
 
-    rows = []
-    for sequence in tokens:
-        out = model(input_ids=sequence[None].to(model.device))
-        logits = getattr(out, "logits", None)
-        values = out.last_hidden_state if logits is None else logits.float().log_softmax(-1)
-        rows.append(values.float().cpu().flatten(0, -2))
-    return torch.cat(rows)
+    return torch.cat([predictions(model, sequence[None]) for sequence in tokens])
+
+
+def predictions(model: Any, ids: Tensor) -> Tensor:
+    """The same of one pass, through `(sequences, length)` token ids."""
+    out = model(input_ids=ids.to(model.device))
+    logits = getattr(out, "logits", None)
+    values = out.last_hidden_state if logits is None else logits.float().log_softmax(-1)
+    flat: Tensor = values.float().cpu().flatten(0, -2)
+    return flat
 
 
 def following(tokens: Tensor, cls: type, num_rows: int) -> Tensor | None:
@@ -220,11 +224,17 @@ def following(tokens: Tensor, cls: type, num_rows: int) -> Tensor | None:
 
 def noise(model: Any, tokens: Tensor, alone: Tensor) -> float:
     """Mean divergence, in nats, of the same model's predictions when sequences are run together."""
-    some = tokens[:_TOGETHER] if len(tokens) > 1 else tokens.repeat(2, 1)
-    out = model(input_ids=some.to(model.device))
-    logits = getattr(out, "logits", None)
-    values = out.last_hidden_state if logits is None else logits.float().log_softmax(-1)
-    values = values.float().cpu().flatten(0, -2)[: len(alone)]
+    return apart(alone, predictions(model, together(tokens)))
+
+
+def together(tokens: Tensor) -> Tensor:
+    """Sequences for a pass of another shape."""
+    return tokens[:_TOGETHER] if len(tokens) > 1 else tokens.repeat(2, 1)
+
+
+def apart(alone: Tensor, values: Tensor) -> float:
+    """Mean divergence, in nats, of what such a pass predicts."""
+    values = values[: len(alone)]
     return float(divergence(alone[: len(values)], values).mean())
 
 

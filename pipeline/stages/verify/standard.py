@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.answering import Asked, answers, base_model, read_text
+from pipeline.deferring import Layerwise
 from pipeline.extraction.proving import Proof, extracted, proof
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.errors import Refused
@@ -30,6 +31,8 @@ class Standard(Verify):
     """something that base, adapter and merged model each answer, for people to read"""
     text: str | None = None
     """file of text on which logits are compared; default: a bundled page"""
+    layerwise: Layerwise = Layerwise.auto
+    """run models one layer at a time: auto, where they do not fit into memory; always; never"""
     max_ratio: float | None = None
     """largest KL(adapter||merged) / KL(adapter||base); default 0.01, fp8 0.05, 4-bit 0.5"""
     max_kl: float | None = None
@@ -82,7 +85,9 @@ class Standard(Verify):
 
     def _asked(self) -> Asked:
         limits = Limits(self.max_ratio, self.max_kl, self.max_kl_p999, self.min_top1, self.max_rms)
-        return Asked(self.tokens, self.text, self.prompt, limits, self.device, self.memory_limit)
+        return Asked(
+            self.tokens, self.text, self.prompt, limits, self.device, self.memory_limit, self.layerwise
+        )
 
     def _proof(self, output: Output, adapter: Adapter) -> Proof:
         """What is asked of an adapter that this run has extracted."""
