@@ -131,8 +131,8 @@ def _ready(model: Any, layers: Layers, tokens: Tensor) -> Any:
     beside += max((cell.extra_bytes for cell in cells), default=0)
     least = beside + max((cell.num_bytes for cell in cells), default=0)
     if least > layers.memory:
-        told = f"{show_bytes(least)} of memory, {show_bytes(layers.memory)} are free"
-        raise DoesNotFit(f"layer by layer that takes {told}")
+        takes, free = show_bytes(least), show_bytes(layers.memory)
+        raise DoesNotFit(f"that takes {takes} of memory layer by layer, {free} are free")
     layers.stream.drop()
     layers.stream.room = layers.memory - beside
     return model

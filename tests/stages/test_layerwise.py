@@ -175,7 +175,7 @@ def test_what_does_not_fit_at_all_is_skipped_with_a_finding(
     report = run(*made, how, verify_settings={"memory_limit": 1000})
     assert status(report) is Status.skipped
     said = [f.text for f in report.findings if f.text.startswith("logits were not compared: ")]
-    by_layers = "layer by layer that takes" in said[0]
+    by_layers = "of memory layer by layer" in said[0]
     assert by_layers is (how is Layerwise.auto)
     assert ("verify.layerwise=auto" in said[0]) is (how is Layerwise.never)
 
