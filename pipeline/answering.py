@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from pipeline.combined import Combined
-from pipeline.ground import logits
+from pipeline.deferring import Layerwise, deferred_base, deferred_folder
+from pipeline.ground import layerwise, logits
 from pipeline.ground.deltas.lora import Lora
-from pipeline.ground.device import resolve_device
+from pipeline.ground.device import memory_free, resolve_device
 from pipeline.ground.errors import Refused
 from pipeline.ground.gates import REPORTED, Limits, judge, limits_of
 from pipeline.ground.identity import digest, files_in
+from pipeline.ground.manifest import peak_memory
 from pipeline.ground.model_config import QUANTIZATION_KEYS, ConfigFile, edited
 from pipeline.ground.peft_faults import fault
 from pipeline.ground.report import Gate, Status
 from pipeline.ground.texts import sample
 from pipeline.ground.units import show_bytes
+from pipeline.ground.unread import Stream
 from pipeline.ground.written import Written
 from pipeline.pieces import Merged
 from pipeline.same_base import of_base
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 _HELD = 4 << 30  # bytes of log-probabilities at once
+Compare = Callable[[str, int, Sequence[str], int], logits.Outcome]  # text, tokens, prompts, first token
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Asked:
     limits: Limits
     device: str
     memory_limit: int | None = None
+    layerwise: Layerwise = Layerwise.auto
 
 
 class _Skipped(Exception):  # noqa: N818  it reads like what happened
@@ -81,8 +86,7 @@ def answers(
     reported = _coded(output) and asked.limits.max_ratio is None  # `retained` judges what codes lose
     wanted = REPORTED if reported else f"ratio <= {asked.limits.over(usual).max_ratio:g}"
     try:
-        models, device = _models(output, base, adapter, asked)
-        outcome = _in_rounds(models, asked, device, _round(base, asked.tokens))
+        outcome = _compared(output, base, adapter, asked)
     except _Skipped as reason:
         findings.append(f"logits were not compared{reason.finding}")
         gates.append(Gate("logits", Status.skipped, reason.seen, wanted))
@@ -112,14 +116,13 @@ def _round(base: Checkpoint[Weight], tokens: int) -> int:
     return min(tokens, max(_HELD // sets, 1) * logits.SEQUENCE)
 
 
-def _in_rounds(models: logits.Models, asked: Asked, device: str, at_once: int) -> logits.Outcome:
+def _in_rounds(asked: Asked, at_once: int, compare: Compare) -> logits.Outcome:
     """The outcome over all tokens; the models are loaded anew for each stretch of them."""
     outcomes: list[logits.Outcome] = []
     for first in range(0, asked.tokens, at_once):
         prompts = () if first else asked.prompts
-        count = min(at_once, asked.tokens - first)
         try:
-            outcomes.append(logits.compare(models, _text(asked), count, prompts, device, first))
+            outcomes.append(compare(_text(asked), min(at_once, asked.tokens - first), prompts, first))
         except logits.TextEnds:
             break
     return logits.together(outcomes)
@@ -129,10 +132,65 @@ def _vocabulary(base: Checkpoint[Weight]) -> int:
     return max((prod(w.shape[:1]) for w in base.weights if len(w.shape) == 2), default=1)
 
 
-def _models(
-    output: Output, base: Checkpoint[Weight], adapter: Adapter, asked: Asked
-) -> tuple[logits.Models, str]:
-    """What is compared and where; _Skipped where there is no reference, or not enough memory for it."""
+def _compared(output: Output, base: Checkpoint[Weight], adapter: Adapter, asked: Asked) -> logits.Outcome:
+    """Runs the models, whole or layer by layer; _Skipped where there is no reference, or no memory."""
+    adapters, at_once = _reference(output, adapter), _round(base, asked.tokens)
+    needed = logits.memory_needed(output.plan.num_parameters, _vocabulary(base), at_once)
+    wanted = device = resolve_device(asked.device)
+    if device != "cpu" and needed > memory_free(device):
+        device = "cpu"
+    free = asked.memory_limit or memory_free(device)
+    if asked.layerwise is Layerwise.always or (needed > free and asked.layerwise is Layerwise.auto):
+        compare = _by_layers(output, base, adapters, asked, wanted)
+    elif needed > free:
+        raise _Skipped(
+            "not enough memory",
+            f": that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free; "
+            "verify.layerwise=auto reads one layer at a time",
+        )
+    else:
+        compare = _whole(output, base, adapters, device)
+    outcome = _in_rounds(asked, at_once, compare)
+    outcome.figures["peak_memory"] = peak_memory()
+    return outcome
+
+
+Adapters = list[tuple[Path, float]]  # their folders, with the factors that they were merged with
+
+
+def _whole(output: Output, base: Checkpoint[Weight], adapters: Adapters, device: str) -> Compare:
+    """The comparison of models that are in memory, one at a time."""
+
+    def reference() -> str | None:
+        held = [(files_in(folder), factor) for folder, factor in adapters]
+        return digest(of_base(base, output.merged), held)
+
+    decoded = _decoded_model(output) if _coded(output) else None
+    models = logits.Models(output.folder, adapters, base_model(base, output.merged), decoded, reference)
+    return lambda text, count, prompts, first: logits.compare(models, text, count, prompts, device, first)
+
+
+def _by_layers(
+    output: Output, base: Checkpoint[Weight], adapters: Adapters, asked: Asked, device: str
+) -> Compare:
+    """The comparison of models of which one layer is in memory."""
+    stream = Stream()
+    models = logits.Models(
+        output.folder, adapters, deferred_base(base, output.merged, stream), deferred_folder(output, stream)
+    )
+    layers = layerwise.Layers(stream, asked.memory_limit or memory_free(device), device)
+
+    def compare(text: str, count: int, prompts: Sequence[str], first: int) -> logits.Outcome:
+        try:
+            return layerwise.compare(models, layers, text, count, prompts, first)
+        except layerwise.DoesNotFit as reason:
+            raise _Skipped("not enough memory", f": {reason}") from None
+
+    return compare
+
+
+def _reference(output: Output, adapter: Adapter) -> Adapters:
+    """The adapters that base + unmerged adapter is made of; _Skipped where there is no such reference."""
     if methods := {w.combination.method for w in output.merged.weights if isinstance(w, Combined)}:
         raise _Skipped(
             "no reference for the combination",
@@ -143,24 +201,7 @@ def _models(
     adapters = _adapters(adapter, output.merged)
     if any(f != 1 for _, f in adapters) and not all(isinstance(d, Lora) for d in adapter.deltas):
         raise _Skipped("no reference for the weight", ": PEFT gives a weight to LoRA only")
-    tokens = _round(base, asked.tokens)
-    needed = logits.memory_needed(output.plan.num_parameters, _vocabulary(base), tokens)
-    device = resolve_device(asked.device)
-    if device != "cpu" and needed > logits.memory_free(device):
-        device = "cpu"
-    free = asked.memory_limit or logits.memory_free(device)
-    if needed > free:
-        raise _Skipped(
-            "not enough memory",
-            f": that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free",
-        )
-    decoded = _decoded_model(output) if _coded(output) else None
-
-    def reference() -> str | None:
-        held = [(files_in(folder), factor) for folder, factor in adapters]
-        return digest(of_base(base, output.merged), held)
-
-    return logits.Models(output.folder, adapters, base_model(base, output.merged), decoded, reference), device
+    return adapters
 
 
 def _coded(output: Output) -> bool:

@@ -37,6 +37,7 @@ CONTRACT = {
     "binding",
     "combined",
     "contents",
+    "deferring",
     "dequantizing",
     "diagnosing",
     "extraction",

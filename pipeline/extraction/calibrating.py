@@ -26,6 +26,7 @@ from pipeline.ground.calibration import (
     num_fitted,
     watch,
 )
+from pipeline.ground.device import memory_free
 from pipeline.ground.digests import sha256
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.files import File
@@ -134,7 +135,7 @@ class Calibrating:
         widest = max(self.widths.values())
         needed = self._model_bytes + bytes_needed(widest) + 8 * widest * widest  # with its factor
         for place in dict.fromkeys((self.device, "cpu")):
-            free = self.memory or logits.memory_free(place)
+            free = self.memory or memory_free(place)
             if needed <= free:
                 return place
         raise Refused(
@@ -202,7 +203,7 @@ class Calibrating:
         model.config.use_cache = False
         there = dict(model.named_modules())
         sees = {module: n for module, n in self.widths.items() if module in there}
-        room = self.memory - self._model_bytes if self.memory else logits.memory_free(device) // 2
+        room = self.memory - self._model_bytes if self.memory else memory_free(device) // 2
         workers = num_workers() if device == "cpu" else 1
         found: dict[str, Inputs | None] = {}
         for number, (modules, moments) in enumerate(watch(model, sees, sequences, workers, room)):

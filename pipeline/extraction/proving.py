@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.extraction import outputs
 from pipeline.extraction.checking import held, recomputed
 from pipeline.ground import finetune_logits, logits, workplace
+from pipeline.ground.device import memory_free
 from pipeline.ground.identity import digest
 from pipeline.ground.model_config import edited
 from pipeline.ground.peft_load import unplaced
@@ -119,7 +120,7 @@ def _compare(
     vocabulary = max((prod(w.shape[:1]) for w in tuned.weights if len(w.shape) == 2), default=1)
     parameters = sum(prod(w.shape) for w in tuned.weights)
     needed = logits.memory_needed(parameters, vocabulary, tokens)
-    free = memory or logits.memory_free(device)
+    free = memory or memory_free(device)
     if needed > free:
         short = f"that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free"
         proved.findings.append(f"base, adapter and fine-tune were not compared by their logits: {short}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from functools import cache
+from pathlib import Path
 
 from pipeline.ground.errors import Refused
 
@@ -56,3 +57,18 @@ def multiplies_bfloat16(device: str) -> bool:
         return False
     has = torch.cpu.get_capabilities()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def memory_free(device: str) -> int:
+    """Bytes that this process can still take on the device; on the CPU, by machine and control group."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free

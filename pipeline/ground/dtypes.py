@@ -36,6 +36,7 @@ _TABLE: dict[str, tuple[int, str | None]] = {
 }
 
 DENSE_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
 class FloatDtype(Enum):

@@ -81,7 +81,7 @@ def compare(
                 make = partial(_reference, models, cls, tokens, tokenizer, prompts, device)
                 (with_adapter, without), (by_adapter, by_base, floor) = reuse.result(key, make)
         except Exception as error:  # whatever transformers or PEFT raise about base and adapter
-            raise CannotCompare(_reason(error)) from error
+            raise CannotCompare(reason(error)) from error
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -90,9 +90,9 @@ def compare(
                 merged = _merged(models, cls).eval().to(device)
                 with_merged, by_merged = outputs(merged, tokens), answers_to(merged, tokenizer, prompts)
         except (MemoryError, torch.OutOfMemoryError) as error:  # says nothing about the merge
-            raise CannotCompare(_reason(error)) from error
+            raise CannotCompare(reason(error)) from error
         except Exception as error:
-            raise MergedDoesNotRun(_reason(error)) from error
+            raise MergedDoesNotRun(reason(error)) from error
         next_tokens = following(tokens, cls, len(with_merged))
         seen = positions(with_adapter, without, with_merged, next_tokens)
     said = [
@@ -135,28 +135,14 @@ def _merged(models: Models, cls: Any) -> Any:
     return cls.from_pretrained(models.merged, dtype=torch.float32, trust_remote_code=False)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """An error of a library in a few words."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def memory_needed(num_parameters: int, vocabulary: int, num_tokens: int) -> int:
     """Bytes: one model in float32 with a fifth on top, and three sets of logits with room to compare."""
     return int(num_parameters * 4 * 1.2) + 6 * num_tokens * max(vocabulary, 1) * 4
-
-
-def memory_free(device: str) -> int:
-    """Bytes that this process can still take on the device; on the CPU, by machine and control group."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return free
 
 
 def prepare(folder: Path) -> tuple[Any, Any, Any]:
@@ -168,7 +154,7 @@ def prepare(folder: Path) -> tuple[Any, Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config that transformers takes for broken
-        raise MergedDoesNotRun(_reason(error)) from error
+        raise MergedDoesNotRun(reason(error)) from error
     cls = getattr(transformers, (config.architectures or [""])[0], None)
     if cls is None:
         raise CannotCompare(f"transformers has no class {config.architectures}, and custom code is never run")
@@ -240,13 +226,16 @@ def outputs(model: Any, tokens: Tensor) -> Tensor:
     """`(positions, classes)` log-probabilities; of a model without a head, its hidden states; on the CPU."""
     import torch
 
-    rows = []
-    for sequence in tokens:
-        out = model(input_ids=sequence[None].to(model.device))
-        logits = getattr(out, "logits", None)
-        values = out.last_hidden_state if logits is None else logits.float().log_softmax(-1)
-        rows.append(values.float().cpu().flatten(0, -2))
-    return torch.cat(rows)
+    return torch.cat([predictions(model, sequence[None]) for sequence in tokens])
+
+
+def predictions(model: Any, ids: Tensor) -> Tensor:
+    """The same of one pass, through `(sequences, length)` token ids."""
+    out = model(input_ids=ids.to(model.device))
+    logits = getattr(out, "logits", None)
+    values = out.last_hidden_state if logits is None else logits.float().log_softmax(-1)
+    flat: Tensor = values.float().cpu().flatten(0, -2)
+    return flat
 
 
 def following(tokens: Tensor, cls: type, num_rows: int) -> Tensor | None:
@@ -260,11 +249,17 @@ def following(tokens: Tensor, cls: type, num_rows: int) -> Tensor | None:
 
 def noise(model: Any, tokens: Tensor, alone: Tensor) -> float:
     """Mean divergence, in nats, of the same model's predictions when sequences are run together."""
-    some = tokens[:_TOGETHER] if len(tokens) > 1 else tokens.repeat(2, 1)
-    out = model(input_ids=some.to(model.device))
-    logits = getattr(out, "logits", None)
-    values = out.last_hidden_state if logits is None else logits.float().log_softmax(-1)
-    values = values.float().cpu().flatten(0, -2)[: len(alone)]
+    return apart(alone, predictions(model, side_by_side(tokens)))
+
+
+def side_by_side(tokens: Tensor) -> Tensor:
+    """Sequences for a pass of another shape."""
+    return tokens[:_TOGETHER] if len(tokens) > 1 else tokens.repeat(2, 1)
+
+
+def apart(alone: Tensor, values: Tensor) -> float:
+    """Mean divergence, in nats, of what such a pass predicts."""
+    values = values[: len(alone)]
     return float(divergence(alone[: len(values)], values).mean())
 
 

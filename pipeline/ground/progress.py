@@ -1,4 +1,4 @@
-"""A bar of bytes with speed and time to go, on stderr; a line now and then where that is no terminal.
+"""A bar of bytes or layers with the time to go, on stderr; a line now and then where that is no terminal.
 
 In a notebook rich draws the bar under the cell, where ipywidgets is there to draw it with.
 """
@@ -48,8 +48,9 @@ def _draws() -> bool:
 class Progress:
     """`with Progress("merging", total) as bar:` and `bar.advance(num_bytes)` as the work goes on."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int, unit: str = "") -> None:
         self.title, self.total, self.done, self.quiet = title, total, 0, is_quiet()
+        self.unit = unit  # bytes, if there is none
 
     def __enter__(self) -> Progress:
         self.begun = self.told = time.monotonic()
@@ -58,11 +59,15 @@ class Progress:
             from rich import progress
             from rich.console import Console
 
+            counted: tuple[progress.ProgressColumn, ...]
+            if self.unit:
+                counted = (progress.MofNCompleteColumn(), progress.TextColumn(self.unit))
+            else:
+                counted = (progress.DownloadColumn(), progress.TransferSpeedColumn())
             columns = (
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
+                *counted,
                 progress.TextColumn("eta"),
                 progress.TimeRemainingColumn(),
             )
@@ -72,7 +77,7 @@ class Progress:
         return self
 
     def advance(self, num_bytes: int) -> None:
-        """Counts bytes as done."""
+        """Counts bytes, or units, as done."""
         self.done += num_bytes
         if self._bar:
             self._bar.advance(self._task, num_bytes)
@@ -81,10 +86,12 @@ class Progress:
         if not self.quiet and now - self.told >= _SECONDS_BETWEEN_LINES and self.done:
             self.told = now
             left = (now - self.begun) / self.done * (self.total - self.done)
-            line = (
-                f"{self.title}: {show_bytes(self.done)} of {show_bytes(self.total)}, eta {show_seconds(left)}"
-            )
-            sys.stderr.write(line + "\n")
+            sys.stderr.write(f"{self.title}: {self._shown()}, eta {show_seconds(left)}\n")
+
+    def _shown(self) -> str:
+        if self.unit:
+            return f"{self.done} of {self.total} {self.unit}"
+        return f"{show_bytes(self.done)} of {show_bytes(self.total)}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -24,12 +24,11 @@ from pipeline.extraction.writing import config, write
 from pipeline.ground import workplace
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS, read_adapter
 from pipeline.ground.deltas.delta import Delta
-from pipeline.ground.device import check_device, resolve_device
+from pipeline.ground.device import check_device, memory_free, resolve_device
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import File
 from pipeline.ground.hub import Source
-from pipeline.ground.logits import memory_free
 from pipeline.ground.lowrank import Method
 from pipeline.ground.manifest import published
 from pipeline.ground.progress import say

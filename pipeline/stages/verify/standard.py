@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.answering import Asked, answers, base_model, read_prompts, read_text
+from pipeline.deferring import Layerwise
 from pipeline.extraction.proving import Proof, extracted, proof
 from pipeline.ground.device import check_device, resolve_device
 from pipeline.ground.errors import Refused
@@ -34,6 +35,8 @@ class Standard(Verify):
     """something, or a list of things, that base, adapter and merged model each answer, for people to read"""
     text: str | None = None
     """file of text on which logits are compared; default: a bundled page"""
+    layerwise: Layerwise = Layerwise.auto
+    """run models one layer at a time: auto, where they do not fit into memory; always; never"""
     max_ratio: float | None = None
     """largest KL(adapter||merged) / KL(adapter||base); default 0.01, fp8 0.05, 4-bit 0.5"""
     max_kl: float | None = None
@@ -98,7 +101,7 @@ class Standard(Verify):
         """What of it the settings ask."""
         limits = Limits(self.max_ratio, self.max_kl, self.max_kl_p999, self.min_top1, self.max_rms)
         prompts = read_prompts(self.prompts)
-        return Asked(self.tokens, self.text, prompts, limits, self.device, self.memory_limit)
+        return Asked(self.tokens, self.text, prompts, limits, self.device, self.memory_limit, self.layerwise)
 
     def _proof(self, output: Output, adapter: Adapter) -> Proof:
         """What is asked of an adapter that this run has extracted."""
