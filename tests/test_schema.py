@@ -56,6 +56,8 @@ def make() -> None:
     several = [{"path": "adapter", "weight": 0.5}, "other"]
     run({**MERGE, "adapter": several}, output="several", **FILES)
     run("verify", **MERGE, output="merged", report="seen.json", **FILES)
+    layers = {"verify.layerwise": "always", "verify.tokens": 32}
+    run("verify", **MERGE, output="merged", report="layers.json", **layers)
     run("verify", **MERGE, output="merged", report="thorough.json", verify="thorough", **{"verify.tokens": 0})
     broken = base_tensors()
     broken["model.layers.0.self_attn.q_proj.weight"] = floats("BF16", [[float("nan")] * 32] * 32)
@@ -63,6 +65,8 @@ def make() -> None:
     run("verify", **MERGE, output="elsewhere", report="broken.json", **FILES)
     tuned = {"base_model": "base", "finetune": "merged", "rank": 4}
     run("extract", **tuned, output="extracted", verify={"tokens": 96})
+    Path("text").write_text(" ".join(str(n * n % VOCABULARY) for n in range(999)))
+    run("extract", **tuned, output="by outputs", **{"extract.calibration": "text"}, **FILES)
     run("llama31-extract", **tuned, output="again", **FILES)
     sweep = ("-m", "base_model=base", "adapter=adapter", "verify.tokens=0", "save.dtype=bfloat16,float16")
     assert answer(*sweep, "output=sweep", cwd=Path.cwd()).status == 0
@@ -80,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(made: Path) -> dict[str, dict[str, Any]]:
     """What each run has told, by the kind of file and its path."""
     folder = made
-    beside = ("seen.json", "thorough.json", "broken.json")
+    beside = ("seen.json", "layers.json", "thorough.json", "broken.json")
     reports = [*folder.rglob("report.json"), *(folder / name for name in beside)]
     found = {"report": reports, "merge": list(folder.rglob("merge.json"))}
     return {
