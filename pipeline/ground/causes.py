@@ -9,11 +9,13 @@ from math import isfinite, sqrt
 
 from pipeline.ground.diagnosis import SAME_FACTOR, Cause, Reading, Sample, Scaling, read, swapped
 
+_SURE = 0.1  # relative uncertainty of a scale that is taken from a weight
+
 
 def causes(samples: Iterable[Sample]) -> list[tuple[Cause, str]]:
     """What is wrong, told once for all weights that share it; the gravest first."""
     taken = list(samples)
-    readings = _exchanged(taken, [read(sample) for sample in taken])
+    readings = _agreed(_exchanged(taken, [read(sample) for sample in taken]))
     merged = [r for r, s in zip(readings, taken, strict=True) if s.delta is not None]
     others = [r for r, s in zip(readings, taken, strict=True) if s.delta is None]
     found: list[tuple[Cause, str]] = []
@@ -42,6 +44,19 @@ def _exchanged(samples: Sequence[Sample], readings: Sequence[Reading]) -> list[R
             alike.setdefault((re.sub(r"\d+", "#", sample.name), tuple(sample.base.shape)), []).append(sample)
     whose = {name: other for group in alike.values() for name, other in swapped(group).items()}
     return [Reading(r.name, Cause.swapped, detail=whose[r.name]) if r.name in whose else r for r in readings]
+
+
+def _agreed(readings: Sequence[Reading]) -> list[Reading]:
+    """The readings; those too coarse to speak against the scale that most weights have are put with it."""
+    fitted = [r for r in readings if r.uncertain]
+    sure = sorted((r for r in fitted if r.uncertain <= _SURE * abs(r.factor)), key=lambda r: r.factor)
+    if not sure or sure[len(sure) // 2].cause is not Cause.scale:
+        return list(readings)
+    common = sure[len(sure) // 2].factor
+    near = {r.name for r in fitted if abs(r.factor - common) <= max(r.uncertain, SAME_FACTOR * abs(common))}
+    if len(near) < len(fitted) / 2:
+        return list(readings)
+    return [Reading(r.name, Cause.scale, common) if r.name in near else r for r in readings]
 
 
 def _share(some: Sequence[Reading], of: Sequence[Reading]) -> str:

@@ -80,6 +80,7 @@ class Reading:
     cause: Cause | None
     factor: float = 1.0  # how many times the delta is in it
     detail: str = ""
+    uncertain: float = 0.0  # what rounding may have done to the factor
 
 
 def read(sample: Sample) -> Reading:
@@ -108,10 +109,11 @@ def read(sample: Sample) -> Reading:
     uncertain = 4 * sqrt(_LOOSE * noise / energy)
     if rest <= _LOOSE * noise + (SLACK * factor) ** 2 * energy:
         if abs(factor) <= max(SAME_FACTOR, uncertain):
-            return Reading(sample.name, Cause.not_merged, 0.0)
+            return Reading(sample.name, Cause.not_merged, factor, uncertain=uncertain)
         if abs(factor - 1) <= max(SAME_FACTOR, uncertain):
-            return Reading(sample.name, Cause.twice_rounded, 1.0, _rounded_how(sample, target))
-        return Reading(sample.name, Cause.scale, factor)
+            how = _rounded_how(sample, target)
+            return Reading(sample.name, Cause.twice_rounded, factor, how, uncertain)
+        return Reading(sample.name, Cause.scale, factor, uncertain=uncertain)
     return _unexplained(sample, E, D, target, noise)
 
 

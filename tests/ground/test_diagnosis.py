@@ -65,6 +65,18 @@ def test_weights_that_share_a_cause_are_told_once() -> None:
     )
 
 
+def test_deltas_that_rounding_nearly_swallowed_agree_with_the_others() -> None:
+    """Of themselves they would be called not merged, rounded twice, or scaled by some other number."""
+    sizes = [1e-2, 3e-4, 1e-4, 1e-2, 3e-5, 1e-2, 1e-2, 1e-4]
+    taken = [sample(f"layers.{n}.q", factor=2.0, seed=n, size=size) for n, size in enumerate(sizes)]
+    assert len({read(one).cause for one in taken}) > 1
+    [(cause, words)] = causes(taken)
+    assert cause is Cause.scale
+    assert words.startswith("all 8 merged weights: holds 2 times the delta: merged twice")
+    halves = [sample(f"layers.{n}.q", factor=2.0 * (n % 2), seed=n) for n in range(8)]
+    assert {cause for cause, _ in causes(halves)} == {Cause.scale, Cause.not_merged}
+
+
 def test_factors_that_mean_the_same_are_all_named() -> None:
     assert why(2.0, Scaling(8, 4, False, 8, 4)) == (
         "merged twice or scaled by alpha / sqrt(rank), as for rslora, but the adapter is plain, alpha / rank"
