@@ -29,7 +29,7 @@ from tests.running import merge
 
 WORDS = "the cat sat on a mat and saw the bird that sang of rain in may " * 12
 REQUEST = ("base_model=base", "adapter=adapter", "verify.tokens=96", "verify.text=text.txt")
-ASKED = (*REQUEST, "verify.prompt='the cat'")
+ASKED = (*REQUEST, "verify.prompts='the cat'")
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def told(folder: Path) -> dict[str, Any]:
     """All that verification saw of the logits: figures, and what was answered."""
     report = json.loads((folder / "report.json").read_text())
+    assert report["logits"].pop("peak_memory") > 0
     assert report["logits"]["kl_adapter_base"] > 0
     return {key: report[key] for key in ("logits", "answers")}
 
@@ -95,7 +96,7 @@ def test_the_reference_runs_once_for_all_outputs_and_figures_are_the_same_bits(
         assert answer(*ASKED, f"output={dtype}", f"save.dtype={dtype}", cwd=speaking).status == 0
         alone, shared = told(speaking / dtype), told(speaking / "sweep" / f"save.dtype={dtype}")
         assert alone == shared
-        assert alone["answers"]["prompt"] == "the cat"
+        assert alone["answers"][0]["prompt"] == "the cat"
         assert alone["logits"]["perplexity_adapter"] > 1
     assert loads == {"adapted": 3, "from_pretrained": 3 * 2}
 

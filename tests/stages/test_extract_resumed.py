@@ -18,6 +18,7 @@ import torch
 from pipeline.extraction import decomposing
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import PipelineError, Refused
+from pipeline.ground.lowrank import Method
 from pipeline.ground.ranks import Budget, Energy
 from pipeline.ground.workplace import partial, standing
 from tests.command import answer, listing
@@ -105,7 +106,7 @@ def test_a_run_goes_on_where_one_ended(
     assert names(tmp_path / "out.partial") == [".standing", ".unfinished"]
     said = capsys.readouterr().err
     assert f"what is done so far stands in '{tmp_path}/out.partial': the same request goes on from" in said
-    monkeypatch.setattr("pipeline.stages.extract.svd.compare", lambda *a: pytest.fail("compared again"))
+    monkeypatch.setattr("pipeline.extraction.sides.compare", lambda *a: pytest.fail("compared again"))
     assert extract(*pair, tmp_path / "out").passed
     assert counted.calls == MODULES - BEFORE
     assert f"resuming: {BEFORE} of {MODULES} modules stand already" in capsys.readouterr().err
@@ -141,7 +142,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "rank": {"rank": 5},
     "rule": {"rank": Energy(0.5)},
     "seed": {"seed": 1},
-    "method": {"method": decomposing.Method.exact},
+    "method": {"method": Method.exact},
     "ranks of some": {"rank_pattern": {"mlp": 3, "self_attn": 3}},
 }
 LIKEWISE: dict[str, dict[str, Any]] = {
@@ -279,9 +280,9 @@ def test_what_is_refused_leaves_nothing_and_touches_nothing(
     with pytest.raises(Refused, match="rank: 999 is more than"):
         extract(*pair, tmp_path / "out", rank=999)
     assert listing(tmp_path) == before
-    with pytest.raises(PipelineError, match="the run failed: rank: a budget of 3 leaves nothing"):
+    with pytest.raises(Refused, match="rank: a budget of 3 leaves nothing"):
         extract(*pair, tmp_path / "out", rank=Budget(3, False))
-    assert names(tmp_path) == ["base", "tuned"]
+    assert listing(tmp_path) == before
 
 
 def test_a_fault_before_anything_stands_leaves_nothing(

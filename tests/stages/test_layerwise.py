@@ -246,6 +246,6 @@ def test_a_weight_that_the_files_lack_is_made_by_transformers(tmp_path: Path) ->
 
 
 def test_a_prompt_is_not_answered_and_that_is_said(made: tuple[Path, Path, Path]) -> None:
-    report = run(*made, verify_settings={"prompt": "Ahoy"})
+    report = run(*made, verify_settings={"prompts": ("Ahoy",)})
     assert report.answers is None
-    assert any("did not answer the prompt" in f.text for f in report.findings)
+    assert any("answered no prompt" in f.text for f in report.findings)

@@ -151,7 +151,7 @@ def test_embeddings_that_are_shared_stay_behind(tmp_path: Path, engine: str) -> 
 def test_stacked_experts_stay_behind(tmp_path: Path, engine: str) -> None:
     base, _ = tuned_pair(tmp_path, mixtral)
     text = extracted(tmp_path, engine)
-    share = lost(tmp_path, ".mlp.", "block_sparse_moe")
+    share = lost(tmp_path, ".experts.")  # the router, too small for the rank, would be saved whole
     assert abs(told(text, "takes no stacked experts and other bare parameters") - share) < 1e-4
     assert config_of(tmp_path / "out")["target_parameters"] is None
     assert by_peft(base, tmp_path / "out")
