@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _NOISE_TILES = 8  # of each matrix, from which its rounding noise is taken
 _FIRST_RANK = 32  # that is tried where the noise decides
+_WAITING = 8  # small matrices that may be done before a large one which comes first: their factors are small
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def decompose(
     with (
         plain_arithmetic(),
         Progress("extracting", total) as bar,
-        in_order(tasks, workers, workers) as done,
+        in_order(tasks, workers, workers + _WAITING) as done,
     ):
         for result in done:
             S, key = tuple(result.S.double().tolist()), keys[result.number]
