@@ -49,6 +49,9 @@ FLOAT32_KL = 1e-6
 # share of what the adapter does to them.
 FLOAT32_FORWARD = 1e-3
 
+# Of the largest singular value: what float32 leaves in directions that a matrix does not have.
+NO_DIRECTION = 1e-4
+
 
 def within_half_ulp(stored: torch.Tensor, exact: torch.Tensor, dtype: str, size: torch.Tensor) -> bool:
     """Whether stored values are the exact float64 ones, rounded once after a float32 sum of `size` parts."""

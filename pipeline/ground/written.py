@@ -61,7 +61,8 @@ class Standard:
     """What the codes of a weight are held against: the nearest ones, or either neighbour if by chance.
 
     Element by element those over the scales that stand there; in sum, those that the format's own scales
-    give. So a last bit that turns a scale is no fault, and a scale that serves badly is one.
+    give, and what the scales' own codes may add (`slack`). So a last bit that turns a scale is no fault, and a
+    scale that serves badly is one.
     """
 
     encoder: Encoder
@@ -85,7 +86,7 @@ class Standard:
         allowed += self.slack + _SCALES * SLACK * terms.amax(1, keepdim=True)
         allowed += encoder.blur * target.abs().amax(1, keepdim=True)
         own = self.encoder.decoded(self.encode(target.float(), start, None), start).double()
-        facts.least_noise += float(((own - target) ** 2).sum())
+        facts.least_noise += float(((own - target) ** 2).sum()) + own.numel() * self.slack**2
         unmerged = self.encoder.decoded(self.encode(base.float(), start, None), start)
         facts.coded = True
         facts.elements += stored.numel()

@@ -12,7 +12,7 @@ from pipeline.ground.calibration import Moments
 from pipeline.ground.errors import PipelineError
 from pipeline.ground.lowrank import Method, low_rank
 from pipeline.ground.whitening import Inputs, Seen, projected, put_aside, turned
-from tests.tolerance import FLOAT32_SUM
+from tests.tolerance import FLOAT32_SUM, NO_DIRECTION
 
 
 def spectrum(m: int, n: int, power: float, seed: int = 0) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_no_matrix_of_this_rank_is_nearer_in_outputs(
         assert found <= best * (1 + FLOAT32_SUM)
         total = np.linalg.norm(D.double().numpy() @ half)
         assert abs(seen.captured(rank) - (1 - best**2 / total**2)) < FLOAT32_SUM
-        assert torch.linalg.matrix_rank(made, rtol=1e-4) == rank
+        assert torch.linalg.matrix_rank(made, rtol=NO_DIRECTION) == rank
 
 
 def test_shares_of_inputs_held_out_are_what_both_ways_keep_of_them(tmp_path: Path) -> None:
