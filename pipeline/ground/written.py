@@ -61,8 +61,8 @@ class Standard:
     """What the codes of a weight are held against: the nearest ones, or either neighbour if by chance.
 
     Element by element those over the scales that stand there; in sum, those that the format's own scales
-    give, and what the scales' own codes may add (`slack`). So a last bit that turns a scale is no fault, and a
-    scale that serves badly is one.
+    give, and what the scales' own codes may add (`slack`). So a last bit that turns a scale is no fault, and
+    a scale that serves badly is one.
     """
 
     encoder: Encoder
