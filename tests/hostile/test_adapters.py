@@ -461,6 +461,19 @@ def test_a_magnitude_with_the_suffix_of_memory_is_taken_and_told(here: Path) -> 
     assert all(other == plain for other in others)
 
 
+def test_a_fault_of_every_module_is_told_once(here: Path) -> None:
+    """A wrong rank in the config is wrong for all modules: one sentence, which says how many there are."""
+    layers = list(linear_shapes())
+    tensors = {key(m, f"lora_{x}.weight"): tensor(*s) for m in layers for x, s in factors(m).items()}
+    sentence = adapter_refusal(here, tensors=tensors, r=9)
+    assert sentence.endswith(f"has rank 4, but the config says 9 ({len(layers)} of this kind)")
+
+
+def factors(module: str) -> dict[str, tuple[int, int]]:
+    rows, columns = linear_shapes()[module]
+    return {"A": (4, columns), "B": (rows, 4)}
+
+
 def test_one_tensor_under_two_names_is_refused(here: Path) -> None:
     twice = adapter_tensors() | {key(Q_PROJ, "lora_A.default.weight"): tensor(4, 32)}
     sentence = adapter_refusal(here, tensors=twice)
