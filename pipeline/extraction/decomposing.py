@@ -27,6 +27,7 @@ from pipeline.ground.ranks import (
     noise_edge,
 )
 from pipeline.ground.rounding import ulp
+from pipeline.ground.scratch import Scratch
 from pipeline.ground.spool import Kept, Spool
 from pipeline.ground.whitening import Inputs, Seen, projected, turned
 from pipeline.pieces import Merged
@@ -93,10 +94,8 @@ def decompose(
         say(f"resuming: {standing} of {len(parameters)} modules stand already")
     jobs = [(n, slices) for n, p in enumerate(parameters) if not found[n] for slices in p.matrices]
     total = sum(s.pair.tuned.num_columns * (s.stop - s.start) * 4 for _, slices in jobs for s in slices)
-    tasks = (
-        partial(_decompose, n, parameters[n], slices, rule, device, inputs.get(parameters[n].name))
-        for n, slices in jobs
-    )
+    work = partial(_decompose, rule, device, Scratch())
+    tasks = (partial(work, n, parameters[n], slices, inputs.get(parameters[n].name)) for n, slices in jobs)
     with (
         plain_arithmetic(),
         Progress("extracting", total) as bar,
@@ -121,22 +120,23 @@ def _decomposed(told: Mapping[str, Any]) -> Decomposed:
 
 
 def _decompose(
+    rule: Rule,
+    device: str,
+    scratch: Scratch,
     number: int,
     parameter: Parameter,
     slices: Sequence[Slice],
-    rule: Rule,
-    device: str,
     inputs: Inputs | None,
 ) -> _Result:
-    D, noise = difference(slices, device)
+    D, noise = difference(slices, device, scratch)
     num_bytes = D.numel() * 4
     D = D.view(parameter.matrix)
     energy = float(D.double().square().sum()) if D.numel() < 1 << 22 else float(_energy(D))
     edge = noise_edge(noise.of_row, noise.of_column, *D.shape)
     if inputs is None:
-        low, seen = _leading(D, parameter, rule, energy, edge), None
+        low, seen = _leading(D, parameter, rule, energy, edge, scratch), None
     else:
-        low, seen = _weighed(D, parameter, rule, energy, edge, inputs)
+        low, seen = _weighed(D, parameter, rule, energy, edge, inputs, scratch)
     root = low.S.clamp_min(0).sqrt()[:, None]
     safe = root.masked_fill(root == 0, 1)
     return _Result(
@@ -153,7 +153,13 @@ def _decompose(
 
 
 def _weighed(
-    D: Tensor, parameter: Parameter, rule: Rule, energy: float, edge: float, inputs: Inputs
+    D: Tensor,
+    parameter: Parameter,
+    rule: Rule,
+    energy: float,
+    edge: float,
+    inputs: Inputs,
+    scratch: Scratch,
 ) -> tuple[LowRank, Seen]:
     """The triples worth most in outputs; a rank that the noise decides is that of D, whose edge is known."""
     is_turned = parameter.place.kind is Kind.conv1d  # (in, out)
@@ -161,12 +167,13 @@ def _weighed(
     whitened = inputs.whitened(D)
     of_outputs = float(_energy(whitened))
     if isinstance(rule.rank, NoiseEdge) and rule.fixed(parameter) is None:
-        plain = _leading(D, parameter, rule, energy, edge)
-        low = low_rank(whitened, max(len(plain.S), 1), rule.seed, rule.method).first(len(plain.S))
+        plain = _leading(D, parameter, rule, energy, edge, scratch)
+        most = max(len(plain.S), 1)
+        low = low_rank(whitened, most, rule.seed, rule.method, scratch).first(len(plain.S))
     else:
-        low = _leading(whitened, parameter, rule, of_outputs, 0.0)
+        low = _leading(whitened, parameter, rule, of_outputs, 0.0, scratch)
         del whitened
-        plain = low_rank(D, len(low.S), rule.seed, rule.method)
+        plain = low_rank(D, len(low.S), rule.seed, rule.method, scratch)
     low, seen = projected(D, low, of_outputs, plain, inputs.held_out().to(D.device))
     return (turned(low) if is_turned else low), seen
 
@@ -175,17 +182,19 @@ def _energy(D: Tensor) -> float:
     return sum(float(part.flatten().dot(part.flatten())) for part in D.split(max((1 << 20) // D.shape[1], 1)))
 
 
-def _leading(D: Tensor, parameter: Parameter, rule: Rule, energy: float, edge: float) -> LowRank:
+def _leading(
+    D: Tensor, parameter: Parameter, rule: Rule, energy: float, edge: float, scratch: Scratch
+) -> LowRank:
     """The triples that the rule keeps, or may keep where a budget decides later."""
     most, kept = rule.most(parameter), rule.multiple_of
     if rule.fixed(parameter) is not None or isinstance(rule.rank, Budget):
-        return low_rank(D, most, rule.seed, rule.method)
+        return low_rank(D, most, rule.seed, rule.method, scratch)
     if isinstance(rule.rank, Energy):
-        low = low_rank(D, most, rule.seed, rule.method)
+        low = low_rank(D, most, rule.seed, rule.method, scratch)
         return low.first(fitted(for_energy(low.S, energy, rule.rank.share) or most, most, kept))
     tried = min(_FIRST_RANK, most)
     while True:
-        low = low_rank(D, tried, rule.seed, rule.method)
+        low = low_rank(D, tried, rule.seed, rule.method, scratch)
         count = above(low.S, edge)
         if count < tried or tried == most:
             return low.first(fitted(count, most, kept) if count else 0)
@@ -200,12 +209,12 @@ class Noise(NamedTuple):
     energy: float
 
 
-def difference(slices: Sequence[Slice], device: str) -> tuple[Tensor, Noise]:
+def difference(slices: Sequence[Slice], device: str, scratch: Scratch) -> tuple[Tensor, Noise]:
     """(rows, columns) tuned - base in float32, and the noise of the tuned values' rounding; 0 if unknown."""
     import torch
 
     rows, columns = sum(s.stop - s.start for s in slices), slices[0].pair.tuned.num_columns
-    D = torch.empty(rows, columns, device=device)
+    D = scratch.empty("difference", (rows, columns), torch.float32, torch.device(device))
     of_row, of_columns, seen, at = 0.0, torch.zeros(columns, dtype=torch.float64, device=device), 0, 0
     for part in slices:
         dtype = rounding_of(part.pair.tuned)

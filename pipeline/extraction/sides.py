@@ -15,6 +15,7 @@ from pipeline.extraction.parameters import Parameter, parameters
 from pipeline.ground import workplace
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.errors import Refused
+from pipeline.ground.files import File
 from pipeline.ground.model_modules import Model, in_memory
 from pipeline.ground.spool import told
 from pipeline.loading import load_checkpoint
@@ -75,9 +76,14 @@ class Sides:
             return {name: Change(*change) for name, change in seen.items()}
         return dict(compare(self.pairs, self.device, self.tuned_key))
 
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All that both sides are read from."""
+        return (*self.base.files, *self.tuned.files)
+
     @cached_property
     def inputs(self) -> str:
-        return surroundings((*self.base.files, *self.tuned.files), self.device)
+        return surroundings(self.files, self.device)
 
     @cached_property
     def compared(self) -> str:

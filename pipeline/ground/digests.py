@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 from pipeline.ground import identity, reuse
+from pipeline.ground.errors import PipelineError
 from pipeline.ground.files import File, read_into
 
-_CHUNK = 1 << 20  # between two looks at Python: while torch is being imported each takes milliseconds
+_CHUNK = 1 << 20  # between two looks at Python
+_LONG_CHUNK = 32 << 20  # while libraries are being imported: each look takes milliseconds then
 _SAMPLE, _NUM_SAMPLES = 1 << 12, 256
 
 
@@ -28,6 +31,7 @@ class Digest:
 
 
 _KNOWN: dict[File, str] = {}  # runs of one process share their inputs; a file that changes is another File
+_COMING: dict[File, Future[None]] = {}  # done when the file is known, or could not be read
 
 
 def sha256(file: File) -> str:
@@ -48,17 +52,39 @@ def sampled(file: File) -> str:
     return digest.hexdigest()
 
 
+def ahead(files: Iterable[File]) -> None:
+    """Begins to hash files that `Digests` will be asked for later, on a thread that no exit waits for."""
+    coming = {file: Future[None]() for file in files if file not in _KNOWN and file not in _COMING}
+    _COMING.update(coming)
+
+    def all_of_them() -> None:
+        for file, done in coming.items():
+            try:
+                _KNOWN[file] = _shared(file, lambda: False, _LONG_CHUNK)
+            except (OSError, PipelineError):
+                pass  # whoever needs the digest will meet it, and tell
+            finally:
+                done.set_result(None)
+
+    Thread(target=copy_context().run, args=(all_of_them,), name="digest", daemon=True).start()
+
+
+def _shared(file: File, stopped: Callable[[], bool], chunk: int) -> str:
+    """The digest, also from or for the other runs of a sweep."""
+    return reuse.text(partial(identity.digest, "sha256", file), lambda: _sha256(file, stopped, chunk))
+
+
 class _StoppedError(Exception):
     """Nobody waits for the digest any more."""
 
 
-def _sha256(file: File, stopped: Callable[[], bool]) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(min(_CHUNK, file.size))
+def _sha256(file: File, stopped: Callable[[], bool], chunk: int = _CHUNK) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(min(chunk, file.size))
     with file.opened() as descriptor:
-        for offset in range(0, file.size, _CHUNK):
+        for offset in range(0, file.size, chunk):
             if stopped():
                 raise _StoppedError
-            part = memoryview(buffer)[: min(_CHUNK, file.size - offset)]
+            part = memoryview(buffer)[: min(chunk, file.size - offset)]
             read_into(descriptor, offset, part)
             digest.update(part)
     return digest.hexdigest()
@@ -86,9 +112,11 @@ class Digests:
         return found
 
     def _sha256(self, file: File) -> str:
+        while file in _COMING and wait([_COMING[file]], timeout=0.1).not_done:
+            if self._stopped:
+                raise _StoppedError
         if file not in _KNOWN:
-            key = partial(identity.digest, "sha256", file)
-            _KNOWN[file] = reuse.text(key, lambda: _sha256(file, lambda: self._stopped))
+            _KNOWN[file] = _shared(file, lambda: self._stopped, _CHUNK)
         return _KNOWN[file]
 
     def result(self) -> list[Digest]:

@@ -14,16 +14,19 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.ground.device import multiplies_bfloat16
+from pipeline.ground.scratch import Scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _OVERSAMPLING = 8
+_LANES = 16  # columns that kernels multiply at once: a block of 48 takes no longer than one of 40
 _SMALL = 512  # of the smaller side: below it eigh costs next to nothing, and its Gram matrix is float64
 _KRYLOV_SHARE = 16  # Krylov where the rank is at most this part of the smaller side
 _MOST_BLOCKS = 16
 _ENOUGH = 2.5e-4  # of the captured energy: what further blocks may still have added
-_SLOWEST = 0.25  # a fall from block to block that early gains, of a few large values, say nothing against
+_SLOWEST = 0.5  # the fall that is reckoned with where early gains are of a few large values, and tell nothing
+_STEADY = 4  # blocks after which the last two falls tell the pace
 _NOTHING = 1e-4  # of the captured energy: after a gain so small even a slow fall (0.8) leaves less than 5e-4
 
 
@@ -53,18 +56,20 @@ class LowRank(NamedTuple):
         return float(self.S.double().square().sum())
 
 
-def low_rank(D: Tensor, rank: int, seed: int = 0, method: Method = Method.auto) -> LowRank:
+def low_rank(
+    D: Tensor, rank: int, seed: int = 0, method: Method = Method.auto, scratch: Scratch | None = None
+) -> LowRank:
     """The leading `rank` singular triples of a float32 matrix (m, n), on its own device."""
-    rank = min(rank, *D.shape)
+    rank, scratch = min(rank, *D.shape), scratch or Scratch()
     if chosen(D.shape[0], D.shape[1], rank, method) is Method.exact:
         import torch
 
         U, S, Vt = torch.linalg.svd(D, full_matrices=False)
         return LowRank(U[:, :rank], S[:rank], S[:rank, None] * Vt[:rank])
     if D.shape[0] <= D.shape[1]:
-        return _projected(_left_vectors(D, rank, seed, method), D)
+        return _projected(_left_vectors(D, rank, seed, method, scratch), D)
     # Of a tall matrix the right vectors are cheaper: D = (D V) V.T, and D V = U S after one QR more.
-    return _turned(_projected(_left_vectors(D.T, rank, seed, method), D.T))
+    return _turned(_projected(_left_vectors(D.T, rank, seed, method, scratch), D.T))
 
 
 def chosen(m: int, n: int, rank: int, method: Method = Method.auto) -> Method:
@@ -76,9 +81,9 @@ def chosen(m: int, n: int, rank: int, method: Method = Method.auto) -> Method:
     return Method.krylov if low else Method.gram
 
 
-def _left_vectors(D: Tensor, rank: int, seed: int, method: Method) -> Tensor:
+def _left_vectors(D: Tensor, rank: int, seed: int, method: Method, scratch: Scratch) -> Tensor:
     way = chosen(D.shape[0], D.shape[1], rank, method)
-    return _krylov(D, rank, seed) if way is Method.krylov else _gram(D, rank)
+    return _krylov(D, rank, seed, scratch) if way is Method.krylov else _gram(D, rank)
 
 
 def _projected(U: Tensor, D: Tensor) -> LowRank:
@@ -115,14 +120,14 @@ def _gram(D: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(G)[1][:, -rank:].to(D.dtype)
 
 
-def _krylov(D: Tensor, rank: int, seed: int) -> Tensor:
+def _krylov(D: Tensor, rank: int, seed: int, scratch: Scratch) -> Tensor:
     """(m, rank): the best left vectors within the span of D O, D D.T D O, ... for a random block O."""
     import torch
 
     m, n = D.shape
-    width = min(rank + _OVERSAMPLING, m)
+    width = min(-(-(rank + _OVERSAMPLING) // _LANES) * _LANES, m)
     random = torch.Generator().manual_seed(seed)
-    coarse = D.bfloat16() if multiplies_bfloat16(str(D.device)) else D
+    coarse = _coarse(D, scratch) if multiplies_bfloat16(str(D.device)) else D
 
     def times(matrix: Tensor, block: Tensor) -> Tensor:
         return (matrix @ block.to(matrix.dtype)).to(D.dtype)
@@ -152,15 +157,23 @@ def _krylov(D: Tensor, rank: int, seed: int) -> Tensor:
         )
 
 
+def _coarse(D: Tensor, scratch: Scratch) -> Tensor:
+    """The matrix in bfloat16, as its values lie in memory."""
+    import torch
+
+    flat = D if D.is_contiguous() else D.T
+    coarse = scratch.empty("coarse", tuple(flat.shape), torch.bfloat16, D.device).copy_(flat)
+    return coarse if flat is D else coarse.T
+
+
 def _settled(gains: list[float], captured: float) -> bool:
-    """Whether what is still to come, if gains go on falling as they did, is too little to matter."""
+    """Whether what is still to come, if gains go on falling as slowly as they lately did, is too little."""
     last, before = gains[-1], gains[-2]
     if last <= captured * _NOTHING:
         return True
-    if last >= before or before == float("inf"):
-        return False
-    ratio = max(last / before, _SLOWEST)
-    return last * ratio / (1 - ratio) <= _ENOUGH * captured
+    steady = len(gains) > _STEADY
+    ratio = max(last / before, before / gains[-3]) if steady else max(last / before, _SLOWEST)
+    return ratio < 1 and last * ratio / (1 - ratio) <= _ENOUGH * captured
 
 
 def _orthonormal(block: Tensor) -> Tensor:

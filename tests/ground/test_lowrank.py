@@ -6,22 +6,26 @@ import pytest
 import torch
 
 from pipeline.ground.lowrank import LowRank, Method, chosen, low_rank
+from pipeline.ground.scratch import Scratch
 
 M, N = 640, 900
 NEAR_OPTIMAL = 0.9995  # of the energy that the full SVD's leading triples hold
 INDEX = torch.arange(1, M + 1, dtype=torch.float64)
 
 
-def _spikes() -> torch.Tensor:
+def _spikes(size: float, count: int, down_to: float) -> torch.Tensor:
     values = torch.linspace(1, 0.5, M, dtype=torch.float64)
-    values[:24] = torch.linspace(6, 1.5, 24)
+    values[:count] = torch.linspace(size, down_to, count)
     return values
 
 
 SPECTRA = {
     "i^-0.3": INDEX**-0.3,
     "i^-1": 1 / INDEX,
-    "spikes on a bulk": _spikes(),
+    "spikes on a bulk": _spikes(6, 24, 1.5),
+    "few high spikes": _spikes(10, 4, 10),
+    "a steep slope onto a bulk": _spikes(100, 4, 5),
+    "more spikes than a block holds": _spikes(10, 60, 10),
     "exponential": (-INDEX / 40).exp(),
     "rank 16": (INDEX <= 16).double(),
     "flat": torch.ones(M, dtype=torch.float64),
@@ -89,6 +93,17 @@ def test_the_same_seed_gives_the_same_bits(bases, method: Method) -> None:
     one, two = low_rank(D, 8, 7, method), low_rank(D, 8, 7, method)
     assert torch.equal(one.U, two.U)
     assert torch.equal(one.SVt, two.SVt)
+
+
+def test_matrices_that_take_turns_in_memory_do_not_touch_each_others_factors(bases) -> None:
+    U, V = bases
+    first, second = (((U * SPECTRA[name]) @ V.T).float() for name in ("i^-1", "exponential"))
+    shared = Scratch()
+    found = [low_rank(D, 8, method=Method.krylov, scratch=shared) for D in (first, second.T, first)]
+    for low, D in zip(found, (first, second.T, first), strict=True):
+        alone = low_rank(D, 8, method=Method.krylov)
+        assert torch.equal(low.U, alone.U)
+        assert torch.equal(low.SVt, alone.SVt)
 
 
 def test_a_zero_matrix_has_finite_factors() -> None:

@@ -25,6 +25,7 @@ from pipeline.ground import workplace
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS, read_adapter
 from pipeline.ground.deltas.delta import Delta
 from pipeline.ground.device import check_device, memory_free, resolve_device
+from pipeline.ground.digests import ahead
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.files import File
@@ -97,6 +98,8 @@ class Svd(Extract):
             self._calibration.check()
 
     def plan(self) -> Adapter:
+        if not self.dry_run:
+            ahead(self._sides.files)
         chosen = self._chosen
         if self._calibrating:
             self._calibrating.check(self.output, self.dry_run)
