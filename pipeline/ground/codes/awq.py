@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.codes.code import Code, Found, Quantization, Rows, read_whole
@@ -29,7 +31,8 @@ from pipeline.ground.shards import Entry
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# The bits of 2^(23 - 4 i) in float32: a nibble that lies 4 i bits up is then the last of its integer part.
+_POWERS = (0x4B000000, 0x49000000, 0x47000000, 0x45000000)
 _KERNELS = {"gemv_fast", "gemvfast", "llm-awq", "marlin"}
 _DTYPES = {("I32", "I32", scales) for scales in ("F16", "BF16", "F32")}
 
@@ -60,40 +63,51 @@ class Gemm(_AWQ):
 
     @property
     def state_bytes(self) -> int:
-        # the words twice, while they are turned
-        return 2 * self.qweight.extent.length + 2 * self.qzeros.extent.length + self.scales.extent.length
+        # the words twice, while they are turned; scales and zero points in float32
+        return 2 * self.qweight.extent.length + 8 * prod(self.scales.shape)
 
     @contextmanager
     def open(self, device: str) -> Iterator[Rows]:
-        import torch
-
         # turned as a whole: of a tile's few columns every row of words would be a cache line for some bytes
-        words, zeros = (
-            read_whole(entry, device).t().clone(memory_format=torch.contiguous_format)
-            for entry in (self.qweight, self.qzeros)
-        )
-        scales = read_whole(self.scales, device)
+        words = turned(read_whole(self.qweight, device))
+        scale = turned(read_whole(self.scales, device)).float()
+        zero = interleaved(turned(read_whole(self.qzeros, device)))
 
         def rows(start: int, stop: int) -> Tensor:
             assert start % 8 == 0, f"row {start} lies within a word"
-            columns = slice(start // 8, -(-stop // 8))
-            values, zero = interleaved(words[columns]), interleaved(zeros[columns])
-            scale = scales[:, start:stop].t().float()
-            return scaled(values[: stop - start], scale, zero[: stop - start], self.group)
+            values = interleaved(words[start // 8 : -(-stop // 8)])[: stop - start]
+            return scaled(values, scale[start:stop], zero[start:stop], self.group)
 
         yield rows
 
 
-def interleaved(words: Tensor) -> Tensor:
-    """Nibbles of int32 words `(outputs / 8, inputs)` in gemm's order: `(outputs, inputs)` float32."""
+def turned(matrix: Tensor) -> Tensor:
+    """Its transpose, with rows that lie side by side."""
     import torch
 
-    values = torch.empty(len(words), 8, words.shape[1], device=words.device)
-    for place in range(4):
-        byte = (words >> 8 * place).to(torch.uint8)  # narrow numbers are moved faster
-        values[:, _ORDER[2 * place]] = byte & 15
-        values[:, _ORDER[2 * place + 1]] = byte >> 4
-    return values.flatten(0, 1)
+    return matrix.t().clone(memory_format=torch.contiguous_format)
+
+
+def interleaved(words: Tensor) -> Tensor:
+    """Nibbles of int32 words `(outputs / 8, inputs)` in gemm's order, each plus a power of two: float32.
+
+    Outputs 0, 2, 4, 6 are the nibbles of a word's low half, 1, 3, 5, 7 those of its high one. Nibble i of a
+    half is masked out where it lies, as digits of a float32 that is 2^(23 - 4 i) more. The same power stands
+    in zero points, so that codes less zero points come out exact, without shifting or converting any code.
+    """
+    import torch
+
+    halves = torch.stack([words, words >> 16], 1).bitwise_or_(0x4F000000)  # all bits of the powers
+    return (halves[:, None] & _masks(str(words.device))).view(torch.float32).flatten(0, 2)
+
+
+@lru_cache(maxsize=8)
+def _masks(device: str) -> Tensor:
+    """What of a half is nibble i and its power, `(4, 1, 1)` int32."""
+    import torch
+
+    masks = [15 << 4 * place | power for place, power in enumerate(_POWERS)]
+    return torch.tensor(masks, dtype=torch.int32, device=device)[:, None, None]
 
 
 @dataclass(frozen=True)

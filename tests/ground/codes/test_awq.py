@@ -58,6 +58,21 @@ def test_gemm_decodes_by_the_formula_whole_and_in_tiles(tmp_path: Path, shape: t
     assert pickle.loads(pickle.dumps(one.code)) == one.code
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_scales_as_small_as_their_dtype_goes_decode_to_the_formulas_bits(
+    tmp_path: Path, kind: torch.dtype
+) -> None:
+    layer = Layer(128, 64, 32)
+    sizes = torch.arange(layer.scales.numel()).remainder(270).sub(149).view(layer.scales.shape)
+    generator = torch.Generator().manual_seed(5)
+    layer.scales = torch.ldexp(torch.randn(sizes.shape, generator=generator), sizes).to(kind)
+    expected = (layer.codes - layer.zeros.repeat_interleave(32, 1)) * layer.scales.float().repeat_interleave(
+        32, 1
+    )
+    values = whole(found(awq.find, tmp_path, layer.gemm(), GEMM | {"group_size": 32}).code)
+    assert torch.equal(values.view(torch.int32), expected.view(torch.int32))
+
+
 @pytest.mark.parametrize("shape", [*SHAPES[:-1], (1024, 8, 32), (2048, 16, 128), (1024, 16, 1024)])
 def test_gemv_decodes_by_the_formula_whole_and_in_tiles(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     layer = Layer(*shape)
