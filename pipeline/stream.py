@@ -58,7 +58,8 @@ def write_shards(
     """Writes all shards into the folder; at most `window` tiles are in memory at a time."""
     keep_freed_memory()
     flushed: list[Future[None]] = []
-    written = _Writing(folder, InFlight(device, num_workers()), window, bar)
+    in_flight = InFlight(device, num_workers())
+    written = _Writing(folder, in_flight, window, bar)
     with (
         ExitStack() as opened,  # what a failed run leaves open is closed once its workers have ended
         ThreadPoolExecutor(1, thread_name_prefix="digest") as hashing,
@@ -66,6 +67,7 @@ def write_shards(
         plain_arithmetic(),
         in_order(written.tasks(shards, opened, hashing), num_workers(), window) as done,
     ):
+        opened.callback(in_flight.give_back)
         for chunk in done:
             if not isinstance(chunk, _Chunk):
                 chunk()
@@ -137,13 +139,15 @@ class _Writing:
         """The weight, open; where the device is short of memory, when all weights before it are closed."""
         import torch
 
-        device = self._in_flight.device
+        device, opening = self._in_flight.device, self._in_flight.opening
         try:
-            return opened.enter_context(storing(place, device))
+            with opening:
+                return opened.enter_context(storing(place, device))
         except torch.OutOfMemoryError:
             pass
         for _ in range(self._window):  # whoever hands these on has handed on all that came before
             yield partial(_then, _nothing)
+        self._in_flight.give_back()
         try:
             return opened.enter_context(storing(place, device))
         except torch.OutOfMemoryError as error:

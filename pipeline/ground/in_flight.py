@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Condition
+from threading import Condition, Lock
 from typing import TypeVar
 
 from pipeline.ground.errors import PipelineError
+from pipeline.ground.streams import Streams
 
 T = TypeVar("T")
 
@@ -15,27 +16,47 @@ T = TypeVar("T")
 class InFlight:
     """Tiles at work on a device. The tiles themselves stay as they are: their sums would change with them.
 
-    All are queued on the device's one default stream, so that what a weight holds there (factors, tables,
-    packed codes) needs no further care; what overlaps is reading, copying, hashing and writing on the host.
+    On a GPU each is on the stream of its thread (`streams.py`): as many overlap as there are threads.
+    Made by the thread that opens weights.
     """
 
     def __init__(self, device: str, most: int) -> None:
         self.device, self.limit = device, most
+        self.opening = Lock()  # held while a weight is opened
         self._running, self._changed = 0, Condition()
+        self._streams = Streams(device)
 
     def run(self, work: Callable[[], T]) -> T:
-        """`work()`; where the device is short of memory for it, once more when fewer others are at it."""
+        """`work()`, done on the device too; where that is short of memory, again when fewer are at it."""
         import torch
 
         while True:
-            try:
-                with self._one_more() as at_once:
-                    return work()
-            except torch.OutOfMemoryError as error:
-                if at_once == 1:
-                    raise self.too_small() from error
-                self._allow(at_once - 1)
+            with self._one_more() as (at_once, alone):
+                try:
+                    with self._streams.own():
+                        return work()
+                except torch.OutOfMemoryError:
+                    pass  # and with the error goes what it held of the tile
+                if alone:
+                    return self._with_all(work)
+            self._allow(at_once - 1)
             torch.cuda.empty_cache()
+
+    def _with_all(self, work: Callable[[], T]) -> T:
+        """`work()` in all the memory that open weights leave; no other tile is at work."""
+        import torch
+
+        with self.opening:
+            self.give_back()
+        try:
+            with self._streams.own():
+                return work()
+        except torch.OutOfMemoryError as error:
+            raise self.too_small() from error
+
+    def give_back(self) -> None:
+        """Frees what streams keep for further tiles, while no tile is at work and no weight being opened."""
+        self._streams.give_back()
 
     def too_small(self) -> PipelineError:
         """The sentence for a device that does not even hold one tile."""
@@ -45,14 +66,14 @@ class InFlight:
         )
 
     @contextmanager
-    def _one_more(self) -> Iterator[int]:
-        """A place among those at work, when there is one; gives how many there are then."""
+    def _one_more(self) -> Iterator[tuple[int, bool]]:
+        """A place among those at work, when there is one: how many there are then, if no more can come."""
         with self._changed:
             self._changed.wait_for(lambda: self._running < self.limit)
             self._running += 1
-            at_once = self._running
+            found = self._running, self.limit == 1
         try:
-            yield at_once
+            yield found
         finally:
             with self._changed:
                 self._running -= 1

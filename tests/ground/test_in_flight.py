@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Lock
+from threading import Event, Lock
 
 import pytest
 import torch
 
 from pipeline.ground.errors import PipelineError
 from pipeline.ground.in_flight import InFlight
+from tests.ground.fake_cuda import FakeCuda, cuda
+
+__all__ = ["cuda"]
+pytestmark = pytest.mark.usefixtures("cuda")
 
 
 class Room:
@@ -53,6 +57,41 @@ def test_a_device_without_room_for_one_says_so() -> None:
     with pytest.raises(PipelineError, match=r"^device: cuda:1 has not the memory for one tile.*device=cpu$"):
         in_flight.run(partial(Room(0).work, 1))
     assert in_flight.run(lambda: 3) == 3
+
+
+def test_a_tile_that_began_alone_and_was_joined_is_not_taken_for_too_large() -> None:
+    in_flight, begun, joined, ended = InFlight("cuda", 2), Event(), Event(), Event()
+
+    def first() -> int:
+        begun.set()
+        assert joined.wait(10)
+        if not ended.is_set():
+            ended.set()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1
+
+    def second() -> int:
+        joined.set()
+        assert ended.wait(10)
+        return 2
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(in_flight.run, first)
+        assert begun.wait(10)
+        assert pool.submit(in_flight.run, second).result() == 2
+        assert one.result() == 1
+    assert in_flight.limit == 1
+
+
+def test_alone_a_tile_gets_what_other_threads_streams_have_kept(cuda: FakeCuda) -> None:
+    in_flight = InFlight("cuda", 1)
+
+    def tile() -> int:
+        if not cuda.cleared:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 5
+
+    assert in_flight.run(tile) == 5
 
 
 def test_other_errors_pass() -> None:

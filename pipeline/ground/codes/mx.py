@@ -25,6 +25,7 @@ from pipeline.ground.codes.fp8 import scale_names
 from pipeline.ground.codes.reading import each, reading, refusal, told
 from pipeline.ground.codes.small_floats import E2M1, E8M0, byte_values, looked_up, stacked
 from pipeline.ground.shards import Entry
+from pipeline.ground.streams import kept, used
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,13 +71,13 @@ class GptOss(Code):
             def expert(index: int) -> list[Tensor]:
                 sizes = (outputs * inputs // 2, outputs * inputs // _GROUP)
                 both = zip(parts, sizes, strict=True)
-                return [read(index * n, (index + 1) * n).view(outputs, -1) for read, n in both]
+                return [kept(read(index * n, (index + 1) * n)).view(outputs, -1) for read, n in both]
 
             def rows(start: int, stop: int) -> Tensor:
                 pieces = [powers.new_empty(0, outputs)]
                 for index in range(start // inputs, -(-stop // inputs)):
                     with one_at_a_time:
-                        packed, scales = expert(index)
+                        packed, scales = map(used, expert(index))
                     low, high = max(start - index * inputs, 0), min(stop - index * inputs, inputs)
                     pieces.append(decode(packed, scales, low, high, powers))
                 return pieces[1] if len(pieces) == 2 else torch.cat(pieces)
