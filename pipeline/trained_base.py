@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import lcm, sqrt
 from statistics import median
+from typing import NamedTuple
 
 from pipeline.ground import tiles
 from pipeline.ground.codes.encoders.linear import is_linear
@@ -22,32 +24,37 @@ _QUANTIZED = re.compile(r"awq|gptq|fp8|int[48]|8-?bits?|w[48]a\d+|mxfp4|nvfp4|hq
 _LOOKED_AT = SAMPLED_ELEMENTS * SAMPLED_TILES  # elements of a weight, smaller ones whole
 
 
-def which_base(merged: Checkpoint[Weight], adapter: Adapter) -> tuple[Finding, ...]:
+class Bases(NamedTuple):
+    """What to know of the two bases that may be meant."""
+
+    findings: tuple[Finding, ...] = ()
+    shifts: Mapping[str, float] = {}  # ||W16 - NF4(W16)|| / ||delta|| of merged weights, by name
+
+
+def which_base(merged: Checkpoint[Weight], adapter: Adapter) -> Bases:
     """What to know where the request left open which base is meant, and there is more than one."""
     if not merged.left_open or any(part.extraction for part in adapter.parts):
-        return ()
+        return Bases()
     names = [str(part.config.get("base_model_name_or_path") or "") for part in adapter.parts]
     kinds = sorted({code for weight in merged.weights if (code := _code(weight))})
     quantized = [name for name in names if _FOUR_BIT.search(name) or _QUANTIZED.search(name)]
     if kinds and not quantized:
-        return (
-            Finding(
-                f"the base is held as {', '.join(kinds)} and merged as that decodes, as an adapter trained "
-                "on it needs; one that was trained on the 16-bit model belongs on that"
-            ),
+        told = (
+            f"the base is held as {', '.join(kinds)} and merged as that decodes, as an adapter trained "
+            "on it needs; one that was trained on the 16-bit model belongs on that"
         )
+        return Bases((Finding(told),))
     if kinds or not quantized:
-        return ()
-    ways, much = f"'{quantized[0]}' as base_model merges onto what training saw", ""
+        return Bases()
+    ways, shifts = f"'{quantized[0]}' as base_model merges onto what training saw", dict[str, float]()
     if _FOUR_BIT.search(quantized[0]) and not re.search("awq|gptq", quantized[0], re.IGNORECASE):
         ways = f"dequantize=simulate, or {ways}"
-        much = _apart(_shifts(merged))
-    return (
-        Finding(
-            f"the adapter was trained on '{quantized[0]}', a quantized model, and is merged onto these "
-            f"16-bit weights as they are; {ways}; dequantize=none says that 16 bits are meant{much}"
-        ),
+        shifts = _shifts(merged)
+    told = (
+        f"the adapter was trained on '{quantized[0]}', a quantized model, and is merged onto these "
+        f"16-bit weights as they are; {ways}; dequantize=none says that 16 bits are meant{_apart(shifts)}"
     )
+    return Bases((Finding(told),), shifts)
 
 
 def _apart(shifts: dict[str, float]) -> str:
@@ -62,7 +69,7 @@ def _apart(shifts: dict[str, float]) -> str:
 
 
 def _shifts(merged: Checkpoint[Weight]) -> dict[str, float]:
-    """||W16 - NF4(W16)|| / ||delta|| by name, of a sample of every merged linear layer."""
+    """`Bases.shifts`, of a sample of every merged linear layer."""
     kind, found = merged.config.model_type, {}
     for weight in merged.weights:
         if not isinstance(weight, Merged) or not isinstance(weight.base, Dense):

@@ -227,4 +227,5 @@ class Output:
 
     def statistics_as_dicts(self) -> dict[str, dict[str, Any]]:
         """For the report."""
-        return {name: statistics.as_dict() for name, statistics in self.statistics.items()}
+        shifts = {w.name: {"base_shift": w.base_shift} for w in self.plan.weights if w.base_shift is not None}
+        return {name: found.as_dict() | shifts.get(name, {}) for name, found in self.statistics.items()}

@@ -19,7 +19,15 @@ import pipeline
 from pipeline.ground import charts
 from pipeline.ground.report import FORMAT
 from tests.command import answer
-from tests.making import VOCABULARY, adapter_tensors, base_tensors, floats, write_adapter, write_base
+from tests.making import (
+    VOCABULARY,
+    adapter_tensors,
+    base_tensors,
+    floats,
+    lora_config,
+    write_adapter,
+    write_base,
+)
 
 GROUND = Path(pipeline.__file__).parent / "ground"
 SCHEMAS = {
@@ -52,6 +60,8 @@ def make() -> None:
     run(MERGE, output="chance", save={"rounding": "stochastic"}, **FILES)
     run(MERGE, output="codes", save={"quantize": "fp8-channel"}, **FILES)
     run(MERGE, output="simulated", dequantize="simulate", **FILES)
+    write_adapter(Path("qlora"), config=lora_config(base_model_name_or_path="org/model-bnb-4bit"))
+    run({**MERGE, "adapter": "qlora"}, output="left open", **FILES)
     run(MERGE, output="refused", **FILES, **{"verify.min_retained": 1.5})
     several = [{"path": "adapter", "weight": 0.5}, "other"]
     run({**MERGE, "adapter": several}, output="several", **FILES)

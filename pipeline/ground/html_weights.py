@@ -52,6 +52,7 @@ def weights_section(weights: Weights) -> Markup | None:
         "relative_norm": "||D||/||W||",
         "worst_ulp": "ulp",
         "verified_noise": "noise/||D||",
+        "base_shift": "four bits/||D||",
     }
     listed = every_weight(weights, keys)
     return section("What the merge did to the weights", element("div", *drawn, class_="charts"), listed)
@@ -68,7 +69,7 @@ def weight_charts(weights: Weights) -> list[charts.Chart]:
         size_map(weights, "relative_norm", "Size of the delta against the weight", "||D|| / ||W||"),
         size_map(weights, "noise", "Error of the codes against the delta", "||O - T|| / ||D||"),
         size_map(
-            weights, "base_shift", "Shift of the base by four bits, against the delta", "||W - W16|| / ||D||"
+            weights, "base_shift", "Shift of the base by four bits, against the delta", "||W4 - W16|| / ||D||"
         ),
     ]
     shown += [chart for chart in found if chart]

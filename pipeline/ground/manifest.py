@@ -87,7 +87,7 @@ def write_beside(folder: Path, contents: Contents) -> dict[str, Any]:
                 "from": w.source,
                 "dtype": w.dtype,
                 **({"deltas": list(w.deltas)} if w.deltas else {}),
-                **_kept(contents.statistics.get(w.name)),
+                **_kept(contents.statistics.get(w.name), w.base_shift),
             }
             for w in contents.plan.weights
         },
@@ -109,16 +109,17 @@ def _hashed(folder: Path, path: Path) -> Digest:
     return Digest(path.relative_to(folder).as_posix(), file.size, sha256(file))
 
 
-def _kept(facts: Statistics | None) -> dict[str, Any]:
+def _kept(facts: Statistics | None, planned: float | None) -> dict[str, Any]:
     if facts is None:
         return {}
+    shift = planned if facts.base_shift is None else facts.base_shift
     return {
         "retained": facts.retained,
         "changed_fraction": facts.changed_fraction,
         "relative_norm": facts.relative_norm,
         **({} if facts.rounding == "nearest" else {"rounding": facts.rounding}),
         **({} if facts.noise is None else {"noise": facts.noise}),
-        **({} if facts.base_shift is None else {"base_shift": facts.base_shift}),
+        **({} if shift is None else {"base_shift": shift}),
     }
 
 

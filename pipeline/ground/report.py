@@ -52,6 +52,7 @@ class PlannedWeight:
     deltas: tuple[str, ...] = ()  # "LoRA rank 8 scale 2", one for each that is added
     codes: tuple[Part, ...] = ()  # the tensors that hold it, if those are codes
     encoder: Encoder | None = None  # that makes such codes
+    base_shift: float | None = None  # ||W16 - NF4(W16)|| / ||delta||, where training may have seen NF4
 
     @property
     def tensors(self) -> tuple[Part, ...]:

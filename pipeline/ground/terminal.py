@@ -64,6 +64,7 @@ def show_plan(plan: Plan, every_weight: bool = False) -> None:
         for w in plan.weights:
             if w.action is not Action.copied:
                 what = ", ".join(w.deltas) or w.action.name
+                what += "" if w.base_shift is None else f"; NF4 is {w.base_shift:.3g} times the delta away"
                 out.print(f"  {w.name} {list(w.shape)} {w.source} -> {w.dtype}: {what}", markup=False)
     for finding in plan.findings:
         out.print(f"  note: {finding.text}", markup=False)

@@ -16,9 +16,10 @@ from pipeline.ground import tiles
 from pipeline.ground.codes.bnb4_state import LEVELS
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Finding
+from pipeline.ground.terminal import show_plan
 from pipeline.simulated import Simulated
 from pipeline.stages.dequantize.simulate import QuantType
-from pipeline.trained_base import which_base
+from pipeline.trained_base import Bases, which_base
 from pipeline.weight import Adapter, Weight
 from tests.models import tensors, write_llama, write_lora
 from tests.quantizing import formats, is_linear, write_base
@@ -149,15 +150,21 @@ def test_levels_of_a_block_are_those_of_its_largest_value() -> None:
     assert torch.equal((values_[:, None] - levels).abs().argmin(1), codes.long())
 
 
-def findings(made: tuple[Path, Path], tmp_path: Path, trained_on: str, **settings: Any) -> list[str]:
-    """What the plan says where the adapter was trained on this."""
+def trained_on(made: tuple[Path, Path], tmp_path: Path, name: str) -> tuple[Path, Path]:
+    """The base and an adapter that says it was trained on this."""
     folder = tmp_path / "told"
     folder.mkdir(exist_ok=True)
     for path in made[1].iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": trained_on}))
-    return [f.text for f in pipeline(made[0], folder, tmp_path / "out", **settings).plan().findings]
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    return made[0], folder
+
+
+def findings(made: tuple[Path, Path], tmp_path: Path, name: str, **settings: Any) -> list[str]:
+    """What the plan says where the adapter was trained on this."""
+    plan = pipeline(*trained_on(made, tmp_path, name), tmp_path / "out", **settings).plan()
+    return [f.text for f in plan.findings]
 
 
 @pytest.mark.parametrize(
@@ -182,25 +189,52 @@ def test_a_plan_tells_of_an_adapter_trained_on_quantized_weights(
         assert not [t for t in findings(made, tmp_path, name, dequantize=chosen) if "trained on" in t]
 
 
-def test_a_plan_says_how_far_the_bases_are_apart(made: tuple[Path, Path], tmp_path: Path) -> None:
-    """The number beside bitsandbytes' own NF4 of every merged weight; small ones are looked at whole."""
+def apart(made: tuple[Path, Path]) -> dict[str, float]:
+    """||W16 - bitsandbytes' NF4 of it|| / ||scale B A|| of every merged weight, in float64."""
     functional = pytest.importorskip("bitsandbytes.functional")
-
-    (told,) = findings(made, tmp_path, "org/model-bnb-4bit")
-    merge(*made, tmp_path / "wide", dtype="float32")
-    base, wide = tensors(made[0]), tensors(tmp_path / "wide")
-    apart = {}
-    for name in (name for name in base if not torch.equal(base[name].float(), wide[name])):
+    base, found = tensors(made[0]), {}
+    lora, config = tensors(made[1]), json.loads((made[1] / "adapter_config.json").read_text())
+    for key in (key for key in lora if "lora_A" in key):
+        A, B = (lora[key.replace("lora_A", factor)].double() for factor in ("lora_A", "lora_B"))
+        name = key.removeprefix("base_model.model.").replace("lora_A.", "")
         codes, state = functional.quantize_4bit(base[name].float(), quant_type="nf4", blocksize=64)
         state.shape = torch.Size((1, base[name].numel()))  # as above
         four = functional.dequantize_4bit(codes, state).view(base[name].shape)
-        shift = four.double() - base[name].double()
-        apart[name] = float(shift.norm() / (wide[name].double() - base[name].double()).norm())
-    assert len(apart) == 4
-    most = max(apart, key=lambda name: apart[name])
-    middle = sum(sorted(apart.values())[1:3]) / 2
+        delta = config["lora_alpha"] / config["r"] * B @ A
+        found[name] = float((four.double() - base[name].double()).norm() / delta.norm())
+    return found
+
+
+def test_a_plan_says_of_every_weight_how_far_the_bases_are_apart(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number beside bitsandbytes' own NF4 of every merged weight; small ones are looked at whole."""
+    expected = apart(made)
+    assert len(expected) == 4
+    plan = pipeline(*trained_on(made, tmp_path, "org/model-bnb-4bit"), tmp_path / "out").plan()
+    shifts = {w.name: w.base_shift for w in plan.weights if w.base_shift is not None}
+    assert shifts == pytest.approx(expected, rel=1e-5)  # sums in float32
+    show_plan(plan, every_weight=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, shift in shifts.items():
+        assert f" {name} " in printed
+        assert f"NF4 is {shift:.3g} times the delta away" in printed
+    (told,) = [f.text for f in plan.findings if "trained on" in f.text]
+    most, middle = max(expected, key=lambda name: expected[name]), sum(sorted(expected.values())[1:3]) / 2
     assert f"{middle:.3g} times the delta away from what NF4 makes of them" in told
-    assert f"(median of 4 weights, {apart[most]:.3g} in {most})" in told
+    assert f"(median of 4 weights, {expected[most]:.3g} in {most})" in told
+
+
+def test_the_report_has_it_too_and_says_it_once(made: tuple[Path, Path], tmp_path: Path) -> None:
+    report = merge(*trained_on(made, tmp_path, "org/model-bnb-4bit"), tmp_path / "out", verify="structure")
+    told = {name: facts["base_shift"] for name, facts in report.as_dict()["weights"].items()}
+    assert told == pytest.approx(apart(made), rel=1e-5)
+    manifest = json.loads((tmp_path / "out" / "merge.json").read_text())["weights"]
+    assert {n: facts["base_shift"] for n, facts in manifest.items() if "base_shift" in facts} == told
+    assert sum("times the delta away" in text for text in report.as_dict()["findings"]) == 1
+    assert "base_shift" in report.plots
+    merge(*made, tmp_path / "plain", verify="structure")
+    assert "base_shift" not in (tmp_path / "plain" / "merge.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "base", "", "/home/me/models/tiny"])
@@ -216,9 +250,10 @@ def test_a_plan_tells_which_codes_it_merges_onto(made: tuple[Path, Path], tmp_pa
     base = write_base(tmp_path / "base", tensors(made[0]), config, lambda n: form if is_linear(n) else None)
     p = pipeline(base.folder, made[1], tmp_path / "out")
     merged = p.merge(p.dequantize(p.load()), p.extract())
-    (told,) = which_base(merged, p.extract())
+    (told,) = which_base(merged, p.extract()).findings
     assert told.text.startswith("the base is held as FP8 E4M3, a scale per row and merged as that decodes")
-    assert which_base(replace(merged, left_open=False), p.extract()) == ()
+    assert which_base(merged, p.extract()).shifts == {}
+    assert which_base(replace(merged, left_open=False), p.extract()) == Bases()
     extracted: Any = replace(p.extract().parts[0], extraction="of a fine-tune")  # which no base has trained
-    assert which_base(merged, Adapter((extracted,))) == ()
+    assert which_base(merged, Adapter((extracted,))) == Bases()
     assert isinstance(told, Finding)

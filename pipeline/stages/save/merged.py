@@ -73,10 +73,10 @@ class SaveMerged(Save):
             raise Refused(
                 f"output: '{self.output}' needs {show_bytes(disk)}, but its disk has {show_bytes(free)} free"
             )
-        told = (*forms.checkpoint.findings, *which_base(merged, adapter))
-        return describe(
+        bases = which_base(merged, adapter)
+        plan = describe(
             shards,
-            replace(forms.checkpoint, findings=told),
+            replace(forms.checkpoint, findings=(*forms.checkpoint.findings, *bases.findings)),
             adapter,
             output=self.output.name,
             dtype=dtypes.config_name(self._stored_dtype(merged.dtype, merged.dtype)),
@@ -85,6 +85,8 @@ class SaveMerged(Save):
             quantized=self.quantize or "",
             rounding=self.rounding.value,
         )
+        weights = (replace(weight, base_shift=bases.shifts.get(weight.name)) for weight in plan.weights)
+        return replace(plan, weights=tuple(weights))
 
     def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:
         plan, (forms, shards) = self.plan(merged, adapter), self._laid_out(merged, adapter)
