@@ -14,12 +14,10 @@ from enum import Enum
 from typing import Any
 
 from pipeline.ground.canonical_names import canonical
+from pipeline.ground.names import is_conv1d, turns_experts
 
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|wpe|word_embeddings|tok_embeddings|embed_in)")
-_CONV1D = re.compile(r".*\.(c_attn|q_attn|c_proj|c_fc)")
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_sw3"})
 _ROUTER = re.compile(r".*\.(gate|router|wg)")
-_TRANSPOSED = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 # What PEFT takes for projections of single experts wherever a model stacks its experts, and so passes over
 # LoRA on dense layers and shared experts (PEFT #3711); as bare parameters it leaves them alone.
 _TAKEN_FOR_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
@@ -195,6 +193,5 @@ def guessed(name: str, shape: tuple[int, ...], model_type: str | None) -> Place:
     elif _EMBEDDING.fullmatch(module):
         kind = Kind.embedding
     else:
-        is_conv1d = model_type in _CONV1D_MODELS and _CONV1D.fullmatch(module)
-        kind = Kind.conv1d if is_conv1d else Kind.linear
-    return Place(module, parameter, kind, shape, model_type in _TRANSPOSED)
+        kind = Kind.conv1d if is_conv1d(model_type, name, shape) else Kind.linear
+    return Place(module, parameter, kind, shape, turns_experts(model_type))

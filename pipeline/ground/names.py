@@ -59,6 +59,15 @@ def is_conv1d(model_type: str | None, weight: str, shape: tuple[int, ...]) -> bo
     return model_type in _CONV1D_MODELS and len(shape) == 2 and is_conv1d_layer(weight)
 
 
+# Models whose experts transformers declares as (experts, in, out) with `is_transposed`.
+_TURNED_EXPERTS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+
+
+def turns_experts(model_type: str | None) -> bool:
+    """Whether a model's stacked experts lie as (experts, in, out)."""
+    return model_type in _TURNED_EXPERTS
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """'; did you mean X' for the name most like this one, or nothing."""
     close = get_close_matches(name, list(names), n=1, cutoff=0.75)

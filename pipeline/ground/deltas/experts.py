@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf, read_entry
+from pipeline.ground.names import turns_experts
 from pipeline.ground.shards import Entry
 
 if TYPE_CHECKING:
@@ -98,10 +99,6 @@ class Experts(Delta):
         yield rows
 
 
-# Models whose experts transformers declares as (experts, in, out) with `is_transposed`.
-_TRANSPOSED = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
-
-
 def settled(delta: Experts, model_type: str | None, peft_version: Any) -> Experts | str:
     """The delta with its orientation known, by the writer's version; a reason where that does not tell."""
     if not delta.is_square or delta.transposed is not None:
@@ -111,7 +108,7 @@ def settled(delta: Experts, model_type: str | None, peft_version: Any) -> Expert
         return f"is square, and peft_version {peft_version!r} does not tell which way its experts lie"
     if version < (0, 19, 0):
         return replace(delta, transposed=True)
-    declared = model_type in _TRANSPOSED
+    declared = turns_experts(model_type)
     return replace(delta, transposed=not declared if version == (0, 19, 0) else declared)
 
 
