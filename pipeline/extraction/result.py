@@ -38,11 +38,17 @@ class Extraction:
     tuned: Checkpoint[Weight]
     chosen: Chosen
     disk: int  # bytes of the adapter, at most
+    spool: int  # bytes of the factors that are put aside before they are laid out, at most
     memory: int  # bytes for matrices while they are decomposed, at most
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0  # that decomposing took
     inputs: Mapping[str, Inputs] = field(default_factory=dict)  # of parameters whose outputs decided
     texts: tuple[File, ...] = ()  # that those were taken from
+
+    @property
+    def needed(self) -> int:
+        """Bytes on the disk of the output when the adapter is made, at most."""
+        return self.disk + self.spool
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,11 @@ def most_bytes(chosen: Chosen, rule: Rule, dtype: str) -> int:
     if isinstance(rule.rank, Budget):
         factors = min(factors, rule.rank.amount * (1 if rule.rank.in_bytes else element))
     return factors + sum(saved_bytes(p) for p in (*chosen.saved, *chosen.biases))
+
+
+def spool_bytes(chosen: Chosen, rule: Rule) -> int:
+    """Bytes of all factors as they are found, in float32 and one copy each, at most."""
+    return 4 * sum(num_parameters(p, rule.most(p)) // p.num_copies for p in chosen.lora)
 
 
 def ranks(chosen: Chosen, rule: Rule, dtype: str, decomposed: Sequence[Sequence[Decomposed]]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from pipeline.extraction.choice import Rest
+from pipeline.ground import workplace
 from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.ranks import Budget, NoiseEdge
@@ -59,6 +61,10 @@ def qwen2() -> Any:
 
 def mixtral() -> Any:
     return MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=3, tie_word_embeddings=False))
+
+
+def is_layer(name: str) -> bool:
+    return "proj" in name
 
 
 def always(name: str) -> bool:
@@ -347,3 +353,26 @@ def test_an_adapter_that_exists_is_not_saved_again(tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "lora", base)
     with pytest.raises(Refused, match="save: adapter writes what extract=svd makes"):
         merge(base, adapter, tmp_path / "out", save="adapter")
+
+
+@pytest.mark.parametrize("rank", [8, Budget(40_000, in_bytes=False)])
+@pytest.mark.parametrize("factors", [FloatDtype.float32, FloatDtype.bfloat16])
+def test_the_plan_knows_what_the_disk_must_hold_while_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factors: FloatDtype, rank: Any
+) -> None:
+    """The float32 factors of all modules beside the adapter; headers and spectra are a few kilobytes."""
+    base, tuned = tuned_pair(tmp_path, partial(llama, hidden_size=256, intermediate_size=512), is_layer)
+    made = extraction(base, tuned, tmp_path / "out", rank=rank, factors=factors, max_rank=32)
+    (planned,) = (part.extraction for part in made.extract.plan().parts)
+    assert planned
+    made.extract()
+    written = [path.stat().st_size for path in (tmp_path / "out.partial").rglob("*") if path.is_file()]
+    assert 0.9 * planned.needed < sum(written) < planned.needed + 4096 * (len(planned.chosen.lora) + 1)
+    other = extraction(base, tuned, tmp_path / "other", rank=rank, factors=factors, max_rank=32)
+    monkeypatch.setattr(workplace, "free_bytes", lambda output: planned.needed)
+    assert other.plan().disk == planned.disk
+    monkeypatch.setattr(workplace, "free_bytes", lambda output: planned.needed - 1)
+    with pytest.raises(
+        Refused, match=r"^output: '.*other' needs .* while it is made, but its disk has .* free$"
+    ):
+        other.plan()

@@ -16,7 +16,15 @@ from pipeline.extraction.choice import Asked, Chosen, Rest, check_patterns, choo
 from pipeline.extraction.decomposing import bytes_needed, decompose, workers_for
 from pipeline.extraction.engines import Engine, check_for, fitted, menu_of, scaled
 from pipeline.extraction.identity import key
-from pipeline.extraction.result import Extraction, check_budget, facts, most_bytes, planned, ranks
+from pipeline.extraction.result import (
+    Extraction,
+    check_budget,
+    facts,
+    most_bytes,
+    planned,
+    ranks,
+    spool_bytes,
+)
 from pipeline.extraction.rule import Rule
 from pipeline.extraction.sides import Sides, saved_whole
 from pipeline.extraction.tensors import Content, Layout
@@ -163,7 +171,8 @@ class Svd(Extract):
         if self._calibrating:
             memory = max(memory, self._calibrating.most_memory)
         texts = (self._calibration.file,) if self._calibration else ()
-        return Extraction(self._sides.base, self._sides.tuned, chosen, disk, memory, texts=texts)
+        spool = spool_bytes(chosen, self._rule)
+        return Extraction(self._sides.base, self._sides.tuned, chosen, disk, spool, memory, texts=texts)
 
     @cached_property
     def _calibration(self) -> Calibration | None:

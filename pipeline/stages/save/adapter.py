@@ -41,10 +41,12 @@ class SaveAdapter(Save):
     def plan(self, merged: Checkpoint[Weight], adapter: Adapter) -> Plan:
         part = _only(adapter)
         assert part.extraction is not None
-        disk, free = part.extraction.disk, workplace.free_for(self.output)
-        if 2 * disk > free:  # the factors are put aside before they are laid out
-            needed = show_bytes(2 * disk)
-            raise Refused(f"output: '{self.output}' needs {needed}, but its disk has {show_bytes(free)} free")
+        disk, needed = part.extraction.disk, part.extraction.needed
+        if needed > (free := workplace.free_for(self.output)):
+            raise Refused(
+                f"output: '{self.output}' needs {show_bytes(needed)} while it is made, but its disk has "
+                f"{show_bytes(free)} free"
+            )
         return Plan(
             base=published(merged.origin).name,
             adapter=published(part.extraction.tuned.origin).name,
