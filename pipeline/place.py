@@ -18,7 +18,10 @@ from pipeline.weight import Weight
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Codes that stand in a file already; `copied` if they are the base's very own."""
+    """Codes that stand in a file already; `copied` if they are the base's very own.
+
+    Copied ones that have an encoder may as well be what it makes of the base's values.
+    """
 
     describe: str
     entries: tuple[Entry, ...]

@@ -15,7 +15,7 @@ from pipeline.ground.codes.encoders.schemes import SCHEMES, Scheme
 from pipeline.ground.errors import Refused
 from pipeline.ground.model_config import QUANTIZATION_KEYS
 from pipeline.ground.names import is_conv1d, nearest
-from pipeline.ground.report import Finding
+from pipeline.ground.report import Action, Finding
 from pipeline.ground.shards import Entry
 from pipeline.pieces import Merged
 from pipeline.place import Form, Held
@@ -148,10 +148,12 @@ def found_as(
     entries: Mapping[str, Entry],
     codes: Sequence[Found],
     config: Mapping[str, Any],
+    actions: Mapping[str, Any],
 ) -> Forms:
     """What a written checkpoint holds the weights as; Refused for codes that none here makes.
 
-    A weight that is not merged and has the codes of the base's kind should be the base's very own.
+    A weight that is not merged and has codes of the base's kind holds the base's very own, or its values
+    encoded anew: the `actions` of a manifest tell, else it may be either.
     """
     found: dict[str, Form] = {w.name: _dtype_in(entries, w) for w in checkpoint.weights}
     weights = {weight.name: weight for weight in checkpoint.weights}
@@ -163,8 +165,11 @@ def found_as(
         if encoder is None:
             raise Refused(f"output: '{one.name}' is held as {one.code.describe}, which cannot be judged here")
         own = _code(weight)
-        copied = not isinstance(weight, Merged) and own is not None and own.describe == one.code.describe
-        found[one.name] = Held(one.code.describe, one.code.entries, encoder, copied)
+        alike = not isinstance(weight, Merged) and own is not None and own.describe == one.code.describe
+        action = actions.get(one.name)
+        made = None if alike and action == Action.copied.name else encoder
+        copied = alike and action != Action.encoded.name
+        found[one.name] = Held(one.code.describe, one.code.entries, made, copied)
     if not codes:
         return Forms(checkpoint, found, checkpoint.config_edits)
     checkpoint, beside = _with_the_rest(checkpoint, entries)

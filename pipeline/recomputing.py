@@ -72,7 +72,7 @@ def _held(output: Output, folder: Written, weight: Weight, plan: PlannedWeight) 
     chance = weight.name in by_chance(output)
     with ExitStack() as stack:
         codes = None
-        if plan.encoder and plan.action is not Action.copied:
+        if plan.encoder:
             code = folder.codes[weight.name]
             codes = stack.enter_context(standard_of(plan.encoder, code, chance))
         yield _Held(stack.enter_context(folder.opened(weight.name)), weight, plan, chance, codes)
@@ -181,23 +181,28 @@ def added(
 
 def converted(output: Output, every: bool = False) -> Gate:
     """Samples, or every row, of what was decoded, cast or quantized: the base's values rounded once."""
+    planned = {w.name: w.action for w in output.plan.weights}
+    asked = [w for w in output.merged.weights if planned[w.name] not in (Action.copied, Action.merged)]
+    wrong, wanted = other_values(output, asked, every), "the base's values rounded once"
+    if wrong:
+        return Gate("converted", Status.failed, f"{wrong[0]} differs ({len(wrong)} weights)", wanted)
+    return Gate("converted", Status.passed, f"{len(asked)} weights as decoded", wanted)
+
+
+def other_values(output: Output, weights: Sequence[Weight], every: bool) -> list[str]:
+    """The names of those that are not their own values rounded or encoded once, by samples or every row."""
     keep_freed_memory()
     folder = Written(output.folder)
     planned = {w.name: w for w in output.plan.weights}
-    asked = [w for w in output.merged.weights if planned[w.name].action not in (Action.copied, Action.merged)]
 
     def task(weight: Weight) -> bool:
         with weight.open("cpu") as tiles, _held(output, folder, weight, planned[weight.name]) as held:
             ranges = held.looked_at(every)
             return all(_is_converted(held, tiles(start, stop).value, start) for start, stop in ranges)
 
-    tasks = (partial(task, weight) for weight in asked)
+    tasks = (partial(task, weight) for weight in weights)
     with plain_arithmetic(), in_order(tasks, num_workers(), num_workers()) as done:
-        wrong = [weight.name for weight, right in zip(asked, done, strict=True) if not right]
-    wanted = "the base's values rounded once"
-    if wrong:
-        return Gate("converted", Status.failed, f"{wrong[0]} differs ({len(wrong)} weights)", wanted)
-    return Gate("converted", Status.passed, f"{len(asked)} weights as decoded", wanted)
+        return [weight.name for weight, right in zip(weights, done, strict=True) if not right]
 
 
 def _is_converted(held: _Held, value: Tensor, start: int) -> bool:

@@ -60,6 +60,7 @@ CONTRACT = {
     "tiers",
     "trained_base",
     "tying",
+    "untouched",
     "weight",
 }
 FLOORS = ["ground", "contract", "stages", "door"]  # from below

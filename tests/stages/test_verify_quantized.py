@@ -18,6 +18,7 @@ from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.reference import Facts
 from pipeline.ground.report import Status
 from pipeline.ground.written import Written, standard_of
+from tests.command import answer
 from tests.models import tensors, write_llama, write_lora
 from tests.running import merge
 from tests.stages.quantized import (
@@ -25,6 +26,8 @@ from tests.stages.quantized import (
     FORMATS,
     decoded,
 )
+
+LENIENT = {"tokens": 0, "min_retained": -9.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,17 +47,96 @@ def test_an_output_is_verified_again_later(
     assert {g.name for g in report.gates} >= {"structure", "untouched", "rounding", "retained", "hashes"}
 
 
+@pytest.fixture(scope="module")
+def anew(
+    dense: tuple[Path, Path], written: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Each output as a base, merged and quantized into its own format again."""
+    folders = {name: tmp_path_factory.mktemp("anew") / name for name in FORMATS}
+    for name, out in folders.items():
+        report = merge(
+            written[name], dense[1], out, quantize=name, verify="standard", verify_settings=LENIENT
+        )
+        assert report.passed and "converted" in {gate.name for gate in report.gates}
+    return folders
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_output_may_be_a_base_that_is_written_in_its_format_again(
-    dense: tuple[Path, Path], written: dict[str, Path], name: str, tmp_path: Path
+@pytest.mark.parametrize("verify", ["structure", "standard"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_bases_format_written_anew_is_verified_later(
+    dense: tuple[Path, Path],
+    written: dict[str, Path],
+    anew: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    verify: str,
+    known: bool,
 ) -> None:
-    """What no delta reaches then lies on the codes' own grid, and only the codes of scales can be off."""
-    lenient = {"tokens": 0, "min_retained": -9.0}
-    report = merge(
-        written[name], dense[1], tmp_path / "out", quantize=name, verify="standard", verify_settings=lenient
-    )
+    """What no delta reaches then lies on the codes' own grid, and its bytes need not be the base's."""
+    out = anew[name]
+    if not known:
+        out = shutil.copytree(out, tmp_path / "out")
+        (out / "merge.json").unlink()
+    settings = LENIENT if verify == "standard" else {}
+    report = merge(written[name], dense[1], out, save="existing", verify=verify, verify_settings=settings)
     assert report.passed
-    assert "converted" in {gate.name for gate in report.gates}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("verify", ["structure", "standard"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_wrong_byte_of_a_code_that_was_not_merged_is_found_in_it(
+    dense: tuple[Path, Path],
+    written: dict[str, Path],
+    anew: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    verify: str,
+    known: bool,
+) -> None:
+    out = shutil.copytree(anew[name], tmp_path / "out")
+    weight = "model.layers.1.self_attn.v_proj.weight"
+    damaged(out, f"{weight}_packed" if name == "int4-g128" else weight)
+    if not known:
+        (out / "merge.json").unlink()
+    settings = LENIENT if verify == "standard" else {}
+    found = "hashes: model-" if known and verify == "structure" else rf"(untouched|converted): {weight}"
+    with pytest.raises(PipelineError, match=found):
+        merge(written[name], dense[1], out, save="existing", verify=verify, verify_settings=settings)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("nf4", ".absmax"),
+        ("nf4-dq", ".absmax"),
+        ("nf4-dq", ".nested_absmax"),
+        ("fp8-block", "_scale_inv"),
+        ("fp8-channel", "_scale"),
+        ("int4-g128", "_scale"),
+    ],
+)
+def test_the_last_bit_of_a_scale_that_was_to_be_kept_is_found(
+    dense: tuple[Path, Path], written: dict[str, Path], tmp_path: Path, name: str, beside: str, known: bool
+) -> None:
+    """Where the other codes are the base's bytes, these are not taken for its values encoded anew."""
+    out, weight = tmp_path / "out", f"model.layers.1.self_attn.v_proj.weight{beside}"
+    merge(written[name], dense[1], out, quantize="keep")
+    change(out, weight, lambda scale: scale.view(-1).view(torch.uint8)[:1].bitwise_xor_(1))
+    if not known:
+        (out / "merge.json").unlink()
+    with pytest.raises(PipelineError, match=f"untouched: {weight} differs"):
+        merge(written[name], dense[1], out, save="existing", verify="structure")
+
+
+def test_the_command_verifies_a_bases_format_written_anew(
+    dense: tuple[Path, Path], written: dict[str, Path], anew: dict[str, Path], tmp_path: Path
+) -> None:
+    request = [f"base_model={written['fp4']}", f"adapter={dense[1]}", f"output={anew['fp4']}"]
+    said = answer("recipe=verify", *request, "verify.tokens=0", "verify.min_retained=-9", cwd=tmp_path)
+    assert said.status == 0, said
 
 
 def damaged(folder: Path, weight: str) -> None:

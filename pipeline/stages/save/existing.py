@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pipeline.ground import dtypes
 from pipeline.ground.errors import Refused
@@ -54,14 +54,20 @@ class Existing(Save):
         )
 
     def __call__(self, merged: Checkpoint[Weight], adapter: Adapter) -> Output:
-        manifest = self.output / NAME
-        known = read_table(manifest) if manifest.is_file() else {}
         plan, forms = self.plan(merged, adapter), self._found(merged)
         grown = replace(forms.checkpoint, config_edits=forms.config_edits)
-        return Output(self.output, plan, grown, adapter, manifest=known)
+        return Output(self.output, plan, grown, adapter, manifest=self._manifest())
+
+    def _manifest(self) -> dict[str, Any]:
+        """What the output says of itself; {} where it says nothing."""
+        path = self.output / NAME
+        return read_table(path) if path.is_file() else {}
 
     def _found(self, merged: Checkpoint[Weight]) -> Forms:
         """What every weight is held as there; Refused for codes that cannot be judged."""
         shards = read_checkpoint(self.output)
         entries = {entry.name: entry for shard in shards for entry in shard.entries}
-        return found_as(merged, entries, codes_in(self.output), said_of_codes(self.output))
+        known = self._manifest().get("weights")
+        weights = known if isinstance(known, dict) else {}
+        actions = {name: w.get("action") for name, w in weights.items() if isinstance(w, dict)}
+        return found_as(merged, entries, codes_in(self.output), said_of_codes(self.output), actions)

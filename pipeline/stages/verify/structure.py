@@ -9,11 +9,11 @@ from typing import Any
 
 from pipeline.diagnosing import belong, diagnose, surroundings
 from pipeline.extraction.proving import extracted, proof
-from pipeline.ground.compare import identical, structure, unchanged
+from pipeline.ground.compare import structure, unchanged
 from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.ground.survival import survival
-from pipeline.quantizing import sources_of
 from pipeline.stage import Verify, stage
+from pipeline.untouched import untouched
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 
@@ -40,8 +40,7 @@ def files(output: Output, base: Checkpoint[Weight]) -> list[Gate]:
     gate = structure(output.folder, output.plan)
     if gate.status is Status.failed:
         return [gate]
-    sources = {name: entry for w in output.merged.weights for name, entry in sources_of(w).items()}
-    return [gate, *belong(output), identical(output.folder, output.plan, sources)]
+    return [gate, *belong(output), untouched(output)]
 
 
 def hashes(output: Output) -> list[Gate]:

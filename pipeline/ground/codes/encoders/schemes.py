@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from pipeline.ground.codes.code import Code
 from pipeline.ground.codes.encoders.bnb4 import Bnb4Encoder
 from pipeline.ground.codes.encoders.bnb8 import Bnb8Encoder
 from pipeline.ground.codes.encoders.encoder import Encoder, Part
 from pipeline.ground.codes.encoders.fp8 import Fp8Encoder, Way
 from pipeline.ground.codes.encoders.integers import PackedEncoder
 from pipeline.ground.codes.encoders.linear import endings
+from pipeline.ground.codes.encoders.same import same_format
 from pipeline.ground.codes.scale_grid import Grid
 from pipeline.ground.dtypes import config_name
 
 _BLOCK = 128
+_SCALES = ("BF16", "F16", "F32")  # dtypes that scales may have
 
 
 @dataclass(frozen=True)
@@ -136,3 +139,13 @@ SCHEMES: dict[str, Scheme] = {
     "fp8-channel": Fp8Channel("fp8-channel"),
     "int4-g128": CompressedTensors("int4-g128"),
 }
+
+
+def written_anew(name: str, code: Code) -> Encoder | None:
+    """What save.quantize makes such codes with, all scales found anew; None where it makes none like them."""
+    encoder = same_format(name, code)
+    if isinstance(encoder, Bnb4Encoder | Bnb8Encoder):
+        return encoder
+    held = {(e.name, e.dtype, e.shape) for e in code.entries}
+    made = (s.encoder(name, code.shape, d) for s in SCHEMES.values() for d in _SCALES if len(code.shape) == 2)
+    return next((e for e in made if e and {(p.name, p.dtype, p.shape) for p in e.parts} == held), None)
