@@ -16,6 +16,7 @@ from pipeline.recomputing import by_chance
 from pipeline.weight import Output
 
 _AS_NEAR = "half a unit and the slack of a float32 sum"
+LEAST = 0.9  # of the delta: what is less fails unless a recipe allows it (spec, fidelity section 8)
 _WHOLE = 0.99  # of the delta: what is less is told (spec, fidelity section 8)
 _NAMED = 6  # experts, at most
 
@@ -90,11 +91,12 @@ def retained(facts: Mapping[str, Facts], output: Output, least: float, most: flo
         return Gate("retained", Status.failed, seen + _remedy(output), wanted), []
     if share < least:
         seen += f" (95 %: {low:.4f} to {high:.4f})"
+    lost = f"only {100 * max(share, 0.0):.3g} % of the delta is kept" if high < LEAST else ""
     if weak := [name for name, f in known.items() if f.kept / f.energy < least]:
         findings.append(f"rounding kept less than {least:g} of the delta of {weak[0]} ({len(weak)} weights)")
     elif share < _WHOLE:
         findings.append(f"rounding kept {share:.4f} of the deltas, less than {_WHOLE:g}{_remedy(output)}")
-    return Gate("retained", Status.passed, seen, wanted), findings
+    return Gate("retained", Status.passed, seen, wanted, lost), findings
 
 
 def _holds_more(f: Facts, most: float) -> bool:

@@ -73,7 +73,9 @@ def judge(
         )
     faint = status is Status.skipped
     wanted = REPORTED if reported else f"ratio <= {limits.max_ratio:g}"
-    gates = [Gate("logits", status, text, wanted)]
+    passed = status is Status.passed
+    lost = _lost(figures["ratio"]) if passed and low > (SIXTEEN.max_ratio or 0.0) else ""
+    gates = [Gate("logits", status, text, wanted, lost)]
     for found in _absolute(figures, floor, limits):
         if found.holds:
             gates.append(Gate(found.name, Status.passed, found.seen, found.wanted))
@@ -82,6 +84,14 @@ def judge(
         else:
             findings.append(f"{found.name}: {found.seen}, usually {found.wanted} for weights of this width")
     return gates, findings
+
+
+def _lost(ratio: float) -> str:
+    """What weights of 16 bits would be refused for."""
+    told = f"(KL ratio {ratio:.3g})"
+    if ratio >= 1:
+        return f"nothing of the adapter's effect is left {told}"
+    return f"{100 * ratio:.3g} % of the adapter's effect is lost {told}"
 
 
 class _Found(NamedTuple):

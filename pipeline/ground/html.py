@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from statistics import median
 
 from pipeline.ground.charts import Chart, Plot, plotted
 from pipeline.ground.html_extraction import extraction_charts, extraction_section
@@ -30,7 +31,7 @@ def report_page(report: Report) -> str:
         _findings(report),
         record_section(report),
     ]
-    return page(f"{_word(report)}: {_title(report)}", *(part for part in parts if part))
+    return page(f"{report.word}: {_title(report)}", *(part for part in parts if part))
 
 
 def report_frame(report: Report) -> str:
@@ -47,12 +48,6 @@ def plots(report: Report) -> dict[str, Plot]:
         *logits_charts(report.logits),
     ]
     return plotted(charts)
-
-
-def _word(report: Report) -> str:
-    if not report.passed:
-        return "Refused"
-    return "Verified" if report.gates else "Not verified"
 
 
 def _title(report: Report) -> str:
@@ -77,12 +72,15 @@ def _verdict(report: Report) -> Markup:
     if not failed and report.gates:
         count = f"{len(report.gates) - len(skipped)} of {len(report.gates)} gates passed"
         said = [f"{count}, {len(skipped)} skipped." if skipped else f"{count}."]
+    if report.reservation:
+        kind = "lost"
+        said.insert(0, element("b", f"{report.reservation[0].upper()}{report.reservation[1:]}."))
     if not report.gates:
         said = ["Nothing was checked."]
     said = [*((element("b", "Likely cause"), f": {cause}.") for cause in report.causes), *said]
     return element(
         "header",
-        element("b", _word(report), class_="word"),
+        element("b", report.word, class_="word"),
         element("h1", _title(report)),
         *(element("p", *(part if isinstance(part, tuple) else (part,))) for part in said),
         class_=f"verdict {kind}",
@@ -106,6 +104,8 @@ def _figures(report: Report) -> Markup:
         cells = [("weights merged", f"{changed} of {len(plan.weights)}"), ("stored as", stored)]
     if kept:
         cells.append(("of the delta survives", f"{kept['mean']:.2%}"))
+    if noise := [w["noise"] for w in report.weights.values() if w.get("noise") is not None]:
+        cells.append(("error of codes, in deltas", f"{median(noise):.3g}"))
     if worst:
         cells.append(("worst rounding", f"{max(worst):.4g} ulp"))
     if logits:

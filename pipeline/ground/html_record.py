@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.ground.markup import Column, Markup, element, section, table
-from pipeline.ground.report import Report, digests, origins
+from pipeline.ground.provenance import digests, origins
+from pipeline.ground.report import Report
 from pipeline.ground.units import show_bytes, show_seconds
 
 _UNFOLDED = 3  # files whose hashes stand in the open

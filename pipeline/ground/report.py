@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,8 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.ground import dtypes
 from pipeline.ground.codes.encoders.encoder import Encoder, Part
 from pipeline.ground.errors import PipelineError
+from pipeline.ground.provenance import digests, origins
 
 if TYPE_CHECKING:
     from pipeline.ground.charts import Plot
@@ -114,6 +115,13 @@ class Plan:
         return f"stored as {self.dtype}{quantized}{how.get(self.rounding, '')}"
 
     @property
+    def merged_as(self) -> str:
+        """What most of the merged weights are stored as: bfloat16, bnb nf4 block 64."""
+        held = Counter(w.dtype for w in self.weights if w.action is Action.merged)
+        name = held.most_common(1)[0][0] if held else self.dtype
+        return dtypes.config_name(name) if dtypes.known(name) else name
+
+    @property
     def num_bytes(self) -> int:
         return sum(w.num_bytes for w in self.weights)
 
@@ -136,6 +144,7 @@ class Gate:
     status: Status
     seen: str
     wanted: str
+    lost: str = ""  # what of the adapter is gone though this passed, in words
 
 
 class Rejected(PipelineError):  # noqa: N818  it reads like what happened
@@ -170,6 +179,21 @@ class Report:
     def passed(self) -> bool:
         return all(gate.status is not Status.failed for gate in self.gates)
 
+    @property
+    def word(self) -> str:
+        """The verdict in a word."""
+        if not self.passed:
+            return "Refused"
+        return "Verified" if self.gates else "Not verified"
+
+    @property
+    def reservation(self) -> str:
+        """What a verdict of "verified" must not be read without; "" where there is nothing of the kind."""
+        lost = [gate.lost for gate in self.gates if gate.lost]
+        if not lost or not self.passed:
+            return ""
+        return f"the files are what was asked for, but {' and '.join(lost)}, stored as {self.plan.merged_as}"
+
     def require(self) -> Report:
         """This report, if verification passed; else raises Rejected."""
         failed = next((gate for gate in self.gates if gate.status is Status.failed), None)
@@ -197,7 +221,8 @@ class Report:
     def __repr__(self) -> str:
         number = sum(gate.status is Status.passed for gate in self.gates)
         verdict = "passed" if self.passed else "refused"
-        return f"<Report: {verdict}, {number} of {len(self.gates)} gates passed; {self.stands_at}>"
+        but = f"; {self.reservation}" if self.reservation else ""
+        return f"<Report: {verdict}, {number} of {len(self.gates)} gates passed{but}; {self.stands_at}>"
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json: paths as the user gave them, no machine's own paths."""
@@ -205,6 +230,7 @@ class Report:
         return {
             "format": FORMAT,
             "passed": self.passed,
+            "reservation": self.reservation,
             "stages": dict(self.stages),
             "request": dict(self.request),
             "versions": dict(self.versions),
@@ -229,44 +255,6 @@ class Report:
             "verify_seconds": self.seconds,
             "weights": {name: dict(facts) for name, facts in self.weights.items()},
         }
-
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_ROLES = ("base", "finetune", "adapter")
-
-
-def digests(files: Any, owned: bool = False) -> list[dict[str, Any]]:
-    """Files with their hashes as a manifest lists them, and whose each is if they are `owned`.
-
-    What is no such thing is left out: a manifest that somebody else wrote may hold anything.
-    """
-    found = []
-    for file in _tables(files):
-        name, size, sha256, of = (file.get(key) for key in ("name", "num_bytes", "sha256", "of"))
-        hashed = isinstance(sha256, str) and _SHA256.fullmatch(sha256)
-        if isinstance(name, str) and isinstance(size, int) and hashed and (of in _ROLES or not owned):
-            told = {"name": name, "num_bytes": size, "sha256": sha256}
-            inherited = {"inherited": file.get("inherited") is True}
-            found.append(told | inherited | ({"of": of} if owned else {}))
-    return found
-
-
-def origins(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Base, fine-tune and adapters as a manifest names them: whose, name, repo, commit, and their weights."""
-    told = [(of, facts) for of in _ROLES[:2] for facts in _tables([manifest.get(of)])]
-    told += [("adapter", facts) for facts in _tables(manifest.get("adapters"))]
-    found = []
-    for of, facts in told:
-        name, weight = facts.get("name"), facts.get("weight")
-        texts = {key: v if isinstance(v := facts.get(key), str) else None for key in ("repo", "commit")}
-        weighed = {"weight": float(weight)} if isinstance(weight, int | float) else {}
-        if isinstance(name, str):
-            found.append({"of": of, "name": name, **texts, **weighed})
-    return found
-
-
-def _tables(value: Any) -> list[Mapping[str, Any]]:
-    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, list) else []
 
 
 def unique(*findings: Sequence[Finding]) -> list[Finding]:

@@ -103,7 +103,8 @@ def show_report(report: Report, stands_at: str) -> None:
         _show(out, "merged", lines)
     marks = {Status.passed: "ok", Status.failed: "FAILED", Status.skipped: "skipped"}
     if report.gates:
-        out.print(f"verified in {show_seconds(report.seconds)}")
+        but = f": {report.reservation}" if report.reservation else ""
+        out.print(f"{report.word.lower()} in {show_seconds(report.seconds)}{but}", markup=False)
         for gate in report.gates:
             wanted = "" if gate.status is Status.passed else f" (wanted: {gate.wanted})"
             out.print(f"  {marks[gate.status]:8}{gate.name}: {gate.seen}{wanted}", markup=False)

@@ -14,6 +14,7 @@ from pipeline.ground.report import Action, PlannedWeight, Status
 
 SOUND: dict[str, Any] = {
     "finite": True,
+    "ratio": 0.0015,
     "ratio_interval": [0.001, 0.002],
     "kl_adapter_base": 0.1,
     "kl_mean": 1e-5,
@@ -45,6 +46,19 @@ def test_a_share_that_may_as_well_be_right_is_not_refused() -> None:
 def test_the_ratio_refuses_what_an_absolute_divergence_passes() -> None:
     gates, _ = judged(ratio_interval=[0.4, 0.5], kl_adapter_base=1e-5, kl_mean=5e-6, kl_interval=[4e-6, 6e-6])
     assert (gates["logits"], gates["divergence"]) == (Status.failed, Status.passed)
+
+
+def test_what_is_lost_is_said_of_a_gate_that_passes_where_16_bits_would_not() -> None:
+    def lost(low: float, ratio: float, asked: Limits, reported: bool) -> str:
+        figures = {**SOUND, "ratio": ratio, "ratio_interval": [low, 2 * ratio]}
+        (gate, *_), _ = judge(figures, FOUR, asked, "text", reported)
+        return gate.lost
+
+    said = "30 % of the adapter's effect is lost (KL ratio 0.3)"
+    assert lost(0.2, 0.3, Limits(), False) == lost(0.2, 0.3, Limits(), True) == said
+    assert lost(1.1, 1.3, Limits(), True) == "nothing of the adapter's effect is left (KL ratio 1.3)"
+    assert lost(0.009, 0.012, Limits(), True) == ""  # it may as well be right
+    assert lost(0.2, 0.3, Limits(max_ratio=0.1), False) == ""  # refused
 
 
 def test_an_absolute_limit_that_nobody_set_is_told_and_refuses_nothing() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -210,6 +212,30 @@ def test_logits_are_compared_by_our_own_decoding_and_only_told(
     (gate,) = (gate for gate in report.gates if gate.name == "logits")
     assert gate.status is Status.passed and "reported only" in gate.wanted
     assert report.logits and report.logits["kl_mean"] > 0
+
+
+def test_a_verdict_of_verified_says_what_is_lost_wherever_it_is_read(
+    dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where weights of 16 bits would be refused: the ratio refuses no codes, the share was allowed for."""
+    small, out = write_lora(tmp_path / "small", dense[0], size=0.02), tmp_path / "out"
+    nf4 = tmp_path / "nf4"
+    merge(*dense, nf4, quantize="nf4")
+    settings = {"verify": "standard", "verify_settings": {"tokens": 128, "min_retained": 0}}
+    report = merge(nf4, small, out, quantize="keep", **settings)
+    assert report.passed and report.logits and report.logits["ratio"] > 0.01
+    share = next(gate for gate in report.gates if gate.name == "retained").seen.split()[0]
+    told = (
+        "the files are what was asked for, but "
+        f"only {100 * float(share):.3g} % of the delta is kept and "
+        f"{100 * report.logits['ratio']:.3g} % of the adapter's effect is lost "
+        f"(KL ratio {report.logits['ratio']:.3g}), stored as bnb nf4 block 64"
+    )
+    assert report.reservation == json.loads((out / "report.json").read_text())["reservation"] == told
+    assert re.search(rf"^verified in .*: {re.escape(told)}$", capsys.readouterr().out, re.MULTILINE)
+    assert f"The{told[3:]}." in unescape((out / "report.html").read_text())
+    sixteen = merge(nf4, small, tmp_path / "sixteen", verify="standard", verify_settings={"tokens": 128})
+    assert sixteen.passed and sixteen.reservation == ""
 
 
 def test_float16_overflow_of_int8_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.ground.errors import Refused
 from pipeline.ground.gates import Limits
 from pipeline.ground.reference import Facts
 from pipeline.ground.report import Gate, Report, Status
-from pipeline.judging import effect, figures, noteworthy, retained, rounding, unchanged_experts
+from pipeline.judging import LEAST, effect, figures, noteworthy, retained, rounding, unchanged_experts
 from pipeline.recomputing import Watching, converted, recompute
 from pipeline.stage import Verify, stage
 from pipeline.stages.verify.structure import effect as effect_of_all
@@ -47,7 +47,7 @@ class Standard(Verify):
     """least share of same top tokens; usually 0.995, fp8 0.97, 4-bit 0.9; refuses only if set"""
     max_rms: float | None = None
     """largest RMS change of a token's probability; usually 0.003 for 16 bits; refuses only if set"""
-    min_retained: float = 0.9
+    min_retained: float = LEAST
     """least share of the deltas that survives rounding"""
     max_retained: float = 1.1
     """most of its delta that any weight may hold: 2 is a delta that was added twice"""
