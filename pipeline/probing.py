@@ -1,4 +1,10 @@
-"""The layers of an output on probes: how far each merged matrix answers from base + delta."""
+"""The layers of an output on probes: how far each merged matrix answers from base + delta.
+
+Unless a recipe sets a limit, a layer fails beyond LIMIT and beyond what one rounding to nearest comes to. The
+bare limit, which was measured at rank 16, would refuse merges of which every element is the nearest there is:
+with ||D|| = 0.007 ||W|| at rank 64 they are off by 0.079 along A, and hold 0.998 of the delta; with 0.003 at
+rank 16 by 0.11, and hold 0.94, which the gate on weights passes. What rounding costs is told as a finding.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Thorough(Standard):
     probes: int = 16
     """random inputs of each merged weight, and as many along the rows of its A; 0 leaves them out"""
     max_outerr: float | None = None
-    """largest ||E x|| / ||D x|| along A; default: 0.05, or what one rounding comes to; codes are told"""
+    """largest ||E x|| / ||D x|| along A; default: 0.05, or 1.5 of what one rounding costs; codes are told"""
 
     def check(self) -> None:
         super().check()
