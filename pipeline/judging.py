@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.ground.outliers import alarms
 from pipeline.ground.reference import Facts, interval
 from pipeline.ground.report import Gate, Status
+from pipeline.ground.units import show_ulps
 from pipeline.pieces import Merged
 from pipeline.recomputing import by_chance
 from pipeline.weight import Output
@@ -32,7 +33,8 @@ def rounding(output: Output, facts: dict[str, Facts]) -> Gate:
     seen = f"{elements:,} elements"
     if numbers:
         raw = max(f.worst_raw_ulp for f in numbers.values())
-        seen = f"worst {facts[worst].worst_ulp:.4f} ulp beyond the slack ({raw:.2f} with it), {seen}"
+        beyond_slack = show_ulps(facts[worst].worst_ulp)
+        seen = f"worst {beyond_slack} beyond the slack ({show_ulps(raw)} with it), {seen}"
     seen += f", codes of {coded} weights among them" if coded else ""
     if not {"float32", "float64"} & set(output.plan.merge_dtype.split(", ")):
         return Gate("rounding", Status.passed, seen, f"reported only: merged in {output.plan.merge_dtype}")

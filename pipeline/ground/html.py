@@ -13,7 +13,7 @@ from pipeline.ground.html_record import record_section, sources_section
 from pipeline.ground.html_weights import weight_charts, weights_section
 from pipeline.ground.markup import Column, Markup, element, page, section, table
 from pipeline.ground.report import Action, Report, Status, retained, unique
-from pipeline.ground.units import show_bytes, show_seconds
+from pipeline.ground.units import show_bytes, show_seconds, show_ulps
 
 
 def report_page(report: Report) -> str:
@@ -107,7 +107,7 @@ def _figures(report: Report) -> Markup:
     if noise := [w["noise"] for w in report.weights.values() if w.get("noise") is not None]:
         cells.append(("error of codes, in deltas", f"{median(noise):.3g}"))
     if worst:
-        cells.append(("worst rounding", f"{max(worst):.4g} ulp"))
+        cells.append(("worst rounding", show_ulps(max(worst))))
     if logits:
         cells.append(("KL ratio", f"{logits['ratio']:.2g}"))
         cells.append(("same top token", f"{logits['top1_agreement']:.2%}"))

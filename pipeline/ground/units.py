@@ -1,4 +1,4 @@
-"""Bytes and durations, as people write and read them."""
+"""Bytes, durations and distances, as people write and read them."""
 
 from __future__ import annotations
 
@@ -34,3 +34,13 @@ def show_seconds(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s"
+
+
+def show_ulps(distance: float) -> str:
+    """0.4999 ulp, 12.3 billion ulp: units in the last place; a value that is another one has many."""
+    if distance >= 1e15:
+        return "over a thousand trillion ulp"
+    for word, size in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if distance >= size:
+            return f"{distance / size:.3g} {word} ulp"
+    return f"{distance:.4g} ulp"
