@@ -17,6 +17,7 @@ import pytest
 
 import pipeline
 from pipeline.ground.errors import PipelineError, Refused
+from pipeline.ground.html import report_page
 from pipeline.ground.report import Rejected
 from tests.command import answer, listing, refused
 
@@ -286,9 +287,10 @@ def test_a_notebook_shows_the_page_that_was_written(inside: Path) -> None:
 
 
 @pytest.mark.draws
-def test_its_plots_are_drawings_on_their_own(inside: Path) -> None:
-    report = pipeline.run(TABLE, output="out")
-    assert list(report.plots) == ["retained", "relative_norm", "spread"]
+def test_its_plots_are_all_charts_of_the_page_and_drawings_on_their_own(inside: Path) -> None:
+    report = pipeline.run(TABLE, output="out", verify="thorough", **{"verify.tokens": 0})
+    assert list(report.plots) == ["retained", "relative_norm", "spread", "ulp", "outerr"]
+    assert report_page(report).count("<svg") == len(report.plots)
     for plot in report.plots.values():
         assert ElementTree.fromstring(str(plot)).tag == "{http://www.w3.org/2000/svg}svg"
         assert "var(" not in str(plot)

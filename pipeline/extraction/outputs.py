@@ -40,14 +40,14 @@ def in_outputs(rank: int, matrices: Sequence[Decomposed]) -> dict[str, float]:
 
 def told(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """What weighing outputs won on text that was held out, and where it did harm."""
-    seen = {name: f for name, f in facts.items() if HELD in f and f["rank"]}
+    seen = _seen(facts)
     if not seen:
         return []
-    mean = {key: sum(f[key] for f in seen.values()) / len(seen) for key in (HELD, PLAIN, "captured")}
     found = [
         Finding(
             f"of what the fine-tune changes in the outputs of {len(seen)} modules, on text held out, "
-            f"{mean[HELD]:.2%} is kept, and {mean[PLAIN]:.2%} would be at the same ranks by weights alone"
+            f"{_mean(seen, HELD):.2%} is kept, and {_mean(seen, PLAIN):.2%} would be at the same ranks by "
+            "weights alone"
         )
     ]
     worse = [name for name, f in seen.items() if f[HELD] < f[PLAIN]]
@@ -61,6 +61,20 @@ def told(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
             )
         )
     return found
+
+
+def held_on_average(facts: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The share of the change of outputs that is kept, over modules; None where no outputs decided."""
+    seen = _seen(facts)
+    return _mean(seen, HELD) if seen else None
+
+
+def _seen(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {name: f for name, f in facts.items() if HELD in f and f["rank"]}
+
+
+def _mean(facts: Mapping[str, Mapping[str, Any]], key: str) -> float:
+    return float(sum(f[key] for f in facts.values())) / len(facts)
 
 
 def recomputed(extraction: Extraction, merged: Checkpoint[Weight]) -> tuple[Gate, dict[str, float]]:

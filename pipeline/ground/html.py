@@ -7,7 +7,7 @@ from statistics import median
 
 from pipeline.ground.charts import Chart, Plot, plotted
 from pipeline.ground.html_extraction import extraction_charts, extraction_section
-from pipeline.ground.html_layers import layers_section
+from pipeline.ground.html_layers import layers_charts, layers_section
 from pipeline.ground.html_logits import answers_section, logits_charts, logits_section
 from pipeline.ground.html_record import record_section, sources_section
 from pipeline.ground.html_weights import weight_charts, weights_section
@@ -44,6 +44,7 @@ def plots(report: Report) -> dict[str, Plot]:
     """The charts of the page that can be drawn here, by name."""
     charts: list[Chart] = [
         *weight_charts(report.weights),
+        *layers_charts(report.weights),
         *extraction_charts(report.extraction),
         *logits_charts(report.logits),
     ]
@@ -91,12 +92,15 @@ def _figures(report: Report) -> Markup:
     plan, kept, logits = report.plan, retained(report.weights), report.logits
     worst = [w["worst_ulp"] for w in report.weights.values() if w.get("worst_ulp") is not None]
     if _is_adapter(report):
-        energy = [w for w in (report.extraction or {}).get("weights", {}).values() if w.get("energy")]
+        weights = (report.extraction or {}).get("weights", {}).values()
+        energy = [w for w in weights if w.get("energy")]
         total = sum(w["energy"] for w in energy)
         cells = [("weights changed", str(len(plan.weights))), ("stored as", plan.dtype)]
         if total:
             held = sum(w["captured"] * w["energy"] for w in energy) / total
             cells.append(("of the difference is held", f"{held:.2%}"))
+        if answered := [w["outputs_captured"] for w in weights if w.get("outputs_captured") is not None]:
+            cells.append(("of the outputs' change is held", f"{sum(answered) / len(answered):.2%}"))
         logits = (report.extraction or {}).get("logits")
     else:
         changed = sum(w.action in (Action.merged, Action.saved) for w in plan.weights)

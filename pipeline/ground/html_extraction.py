@@ -14,6 +14,8 @@ from pipeline.ground.markup import Markup, element, figure, section
 _KEYS = {
     "rank": "rank",
     "captured": "held",
+    "outputs_captured": "of outputs",
+    "outputs_captured_plain": "by weights alone",
     "residual": "missed",
     "noise_share": "noise",
     "largest": "largest singular value",
@@ -35,13 +37,15 @@ def extraction_section(extraction: Mapping[str, Any] | None) -> Markup | None:
 
 
 def extraction_charts(extraction: Mapping[str, Any] | None) -> list[charts.Chart]:
-    """Maps of what is held and, where they differ, of the ranks."""
+    """Maps of what is held of the weights and of their outputs and, where they differ, of the ranks."""
     if not extraction:
         return []
     weights = extraction["weights"]
     held = share_map(weights, "captured", "Share of the difference's energy that the adapter holds")
+    answered = "Share of what changes in the outputs that the adapter holds, on text held out"
+    outputs = share_map(weights, "outputs_captured", answered)
     size = size_map(weights, "energy", "Size of the difference, squared", "||D||²")
-    found = [chart for chart in (held, size) if chart]
+    found = [chart for chart in (held, outputs, size) if chart]
     layers, modules, values = grid(weights, "rank")
     if len({rank for row in values for rank in row if rank is not None}) > 1:
         draw = partial(charts.heat_map, layers, modules, values, "rank")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -146,6 +147,14 @@ def test_answers_on_unseen_text_are_nearer_than_by_weights(
     for name, said in facts_of(tmp_path / "aware").items():
         assert said["captured"] < facts_of(tmp_path / "plain")[name]["captured"]  # which is the price
         assert said["outputs_captured"] > said["outputs_captured_plain"], name
+    (share,) = (gate.seen.split()[0] for gate in report.gates if gate.name == "outputs")
+    shown = f"{float(share[:-1]):.2f}%"
+    card, page = ((tmp_path / "aware" / name).read_text() for name in ("README.md", "report.html"))
+    assert f"of what changed in them, and {shown} of what changed in their outputs." in card
+    assert f"<dt>of the outputs&#x27; change is held</dt><dd>{shown}</dd>" in page
+    assert "Share of what changes in the outputs that the adapter holds" in page
+    assert re.search(r"<th[^>]*>of outputs</th><th[^>]*>by weights alone</th>", page)
+    assert "outputs" not in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_factors_are_the_optimum_of_float64_for_the_inputs_of_the_fine_tune(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.contents import contents
+from pipeline.extraction import outputs
 from pipeline.extraction.engines import Engine, serving
 from pipeline.ground import dtypes, workplace
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS
@@ -144,6 +146,12 @@ def _hashed(path: Path, folder: Path) -> Digest:
     return Digest(path.relative_to(folder).as_posix(), file.size, sha256(file))
 
 
+def _answered(facts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is held of outputs, where those decided."""
+    share = outputs.held_on_average(facts)
+    return "" if share is None else f", and {share:.2%} of what changed in their outputs"
+
+
 def _card(plan: Plan, part: Part, served: Sequence[Finding]) -> str:
     """README.md with the Hub's metadata: what was extracted from what, and how much of it this holds."""
     assert part.extraction is not None
@@ -165,7 +173,7 @@ def _card(plan: Plan, part: Part, served: Sequence[Finding]) -> str:
         "",
         f"Extracted from the difference of their weights: {len(part.extraction.facts)} matrices at rank "
         f"{ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''},",
-        f"which hold {held:.2%} of the energy of what changed in them.",
+        f"which hold {held:.2%} of the energy of what changed in them{_answered(part.extraction.facts)}.",
         "",
         *(f"- {finding.text}" for finding in (*part.findings, *served)),
         *([""] if part.findings or served else []),
