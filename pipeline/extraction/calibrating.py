@@ -30,6 +30,7 @@ from pipeline.ground.device import memory_free
 from pipeline.ground.digests import sha256
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.files import File
+from pipeline.ground.libraries import quiet
 from pipeline.ground.model_modules import Kind
 from pipeline.ground.progress import working
 from pipeline.ground.report import Finding
@@ -146,7 +147,7 @@ class Calibrating:
     @cached_property
     def _read(self) -> tuple[Any, Tensor]:
         """The model's class, and the text in its tokens, (sequences, length); Refused if too short."""
-        with TemporaryDirectory() as told, logits.quiet():
+        with TemporaryDirectory() as told, quiet():
             config_file = Path(told) / "config.json"
             config_file.write_text(self.tuned.config.text(self.tuned.config_edits), "utf-8")
             write_side_files(Path(told), chosen(self.base.side_files, self.tuned.side_files))
@@ -198,7 +199,7 @@ class Calibrating:
 
     def _inputs(self, cls: Any, sequences: Tensor, device: str, folder: Path) -> dict[str, Inputs | None]:
         """By module; None where it saw too little."""
-        with logits.quiet(), working("calibrating: loading the fine-tune"):
+        with quiet(), working("calibrating: loading the fine-tune"):
             model = base_model(self.tuned, self.tuned)(cls).eval().to(device)
         model.config.use_cache = False
         there = dict(model.named_modules())

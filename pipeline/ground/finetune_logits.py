@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.ground import logits, reuse
 from pipeline.ground.divergence import compared
 from pipeline.ground.identity import of_outputs
+from pipeline.ground.libraries import quiet
 from pipeline.ground.progress import working
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def compare(
     """
     import torch
 
-    with logits.quiet(), torch.inference_mode():
+    with quiet(), torch.inference_mode():
         config, tokenizer, cls = logits.prepare(told)
         assumed: list[str] = []
         tokens = logits.tokens_of(tokenizer, text, config, num_tokens, assumed)

@@ -17,6 +17,7 @@ from pipeline.ground import logits
 from pipeline.ground.deferred import cell_of
 from pipeline.ground.divergence import figures, positions
 from pipeline.ground.errors import PipelineError
+from pipeline.ground.libraries import quiet
 from pipeline.ground.logits import CannotCompare, MergedDoesNotRun, Models, Outcome
 from pipeline.ground.progress import Progress
 from pipeline.ground.turns import Turns
@@ -51,7 +52,7 @@ def compare(
     """As `logits.compare`, of models whose weights are deferred; prompts are not answered."""
     import torch
 
-    with logits.quiet(), torch.inference_mode():
+    with quiet(), torch.inference_mode():
         config, tokenizer, cls = logits.prepare(models.merged)
         assumed = [_NO_ANSWERS] if prompts else []
         tokens = logits.tokens_of(tokenizer, text, config, num_tokens, assumed, first)

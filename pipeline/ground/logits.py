@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.ground.divergence import Positions, divergence, figures, positions
 from pipeline.ground.errors import PipelineError
 from pipeline.ground.generating import answers_to
 from pipeline.ground.identity import of_outputs
+from pipeline.ground.libraries import quiet
 from pipeline.ground.progress import working
 
 if TYPE_CHECKING:
@@ -261,26 +261,6 @@ def apart(alone: Tensor, values: Tensor) -> float:
     """Mean divergence, in nats, of what such a pass predicts."""
     values = values[: len(alone)]
     return float(divergence(alone[: len(values)], values).mean())
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the libraries' warnings and bars off the terminal; what matters is in the report."""
-    import warnings
-
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def as_text(figures: Mapping[str, Any]) -> str:
