@@ -27,14 +27,12 @@ from tests.running import merge
 from tests.stages.test_extract_svd import ALL, extract, is_the_fine_tune, llama, tuned_pair
 from tests.stages.test_quantized_bases import (
     FORMATS,
-    SHAPE,
-    TARGETS,
     assert_passed,
     assert_same,
     by_bitsandbytes,
     coded,
+    dense_and_adapter,
     foretold,
-    make_exact,
 )
 from tests.tolerance import within_half_ulp
 
@@ -47,12 +45,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`dense`, a Llama in bfloat16, and `adapter`, whose deltas are exact."""
-    folder = tmp_path_factory.mktemp("gpu")
-    write_llama(folder / "dense", shard="1GB", **SHAPE)
-    write_lora(folder / "adapter", folder / "dense", target_modules=TARGETS)
-    make_exact(folder / "adapter")
-    return folder
+    return dense_and_adapter(tmp_path_factory.mktemp("gpu"))
 
 
 def test_bytes_come_back_from_the_gpu_as_they_went(tmp_path: Path) -> None:

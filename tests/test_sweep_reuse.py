@@ -32,12 +32,7 @@ REQUEST = ("base_model=base", "adapter=adapter", "verify.tokens=96", "verify.tex
 ASKED = (*REQUEST, "verify.prompts='the cat'")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -21,12 +21,7 @@ ROWS, COLUMNS = 48, 40
 WEIGHTS = [0.7, 0.5, -0.3, 1.0, 2.0]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def some_deltas(count: int, seed: int = 0) -> list[torch.Tensor]:

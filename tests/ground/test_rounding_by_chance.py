@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import cache
 from math import inf, nan, sqrt
@@ -22,12 +21,7 @@ COARSE = ["BF16", "F16", "F8_E4M3", "F8_E5M2"]
 LEAST = {"BF16": 1e-3, "F16": 1e-7, "F8_E4M3": 2e-3, "F8_E5M2": 2e-5}  # subnormal but for bfloat16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

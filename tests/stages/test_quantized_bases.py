@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,16 @@ FORMATS = formats()
 TRACES = ("quant", "compress", "bits", "_scale", "scale_inv", "absmax", "qweight", "packed", "scb")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`dense`, a Llama in bfloat16, and `adapter`, whose deltas are exact."""
-    folder = tmp_path_factory.mktemp("quantized")
+    return dense_and_adapter(tmp_path_factory.mktemp("quantized"))
+
+
+def dense_and_adapter(folder: Path) -> Path:
+    """Writes `dense`, a Llama in bfloat16, and `adapter`, whose deltas are exact."""
     write_llama(folder / "dense", shard="1GB", **SHAPE)
     write_lora(folder / "adapter", folder / "dense", target_modules=TARGETS)
     make_exact(folder / "adapter")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html import unescape
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from pipeline.ground import shards
 from pipeline.ground.codes.encoders.schemes import SCHEMES
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.reference import Facts
-from pipeline.ground.report import Status
+from pipeline.ground.report import Report, Status
 from pipeline.ground.written import Written, standard_of
 from tests.command import answer
 from tests.models import tensors, write_llama, write_lora
@@ -32,12 +34,7 @@ from tests.stages.quantized import (
 LENIENT = {"tokens": 0, "min_retained": -9.0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -63,49 +60,45 @@ def anew(
     return folders
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("verify", ["structure", "standard"])
-@pytest.mark.parametrize("known", [True, False])
-def test_a_bases_format_written_anew_is_verified_later(
+class Later(NamedTuple):
+    """An output in its base's own format, to be verified with its manifest or without one."""
+
+    name: str
+    folder: Path
+    known: bool
+    verify: str
+    run: Callable[[], Report]
+
+
+@pytest.fixture(params=list(product(FORMATS, ["structure", "standard"], [True, False])), ids=str)
+def later(
+    request: pytest.FixtureRequest,
     dense: tuple[Path, Path],
     written: dict[str, Path],
     anew: dict[str, Path],
     tmp_path: Path,
-    name: str,
-    verify: str,
-    known: bool,
-) -> None:
+) -> Later:
+    name, verify, known = request.param
+    folder = shutil.copytree(anew[name], tmp_path / "out")
+    if not known:
+        (folder / "merge.json").unlink()
+    settings = LENIENT if verify == "standard" else {}
+    asked = {"save": "existing", "verify": verify, "verify_settings": settings}
+    return Later(name, folder, known, verify, lambda: merge(written[name], dense[1], folder, **asked))
+
+
+def test_a_bases_format_written_anew_is_verified_later(later: Later) -> None:
     """What no delta reaches then lies on the codes' own grid, and its bytes need not be the base's."""
-    out = anew[name]
-    if not known:
-        out = shutil.copytree(out, tmp_path / "out")
-        (out / "merge.json").unlink()
-    settings = LENIENT if verify == "standard" else {}
-    report = merge(written[name], dense[1], out, save="existing", verify=verify, verify_settings=settings)
-    assert report.passed
+    assert later.run().passed
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("verify", ["structure", "standard"])
-@pytest.mark.parametrize("known", [True, False])
-def test_a_wrong_byte_of_a_code_that_was_not_merged_is_found_in_it(
-    dense: tuple[Path, Path],
-    written: dict[str, Path],
-    anew: dict[str, Path],
-    tmp_path: Path,
-    name: str,
-    verify: str,
-    known: bool,
-) -> None:
-    out = shutil.copytree(anew[name], tmp_path / "out")
+def test_a_wrong_byte_of_a_code_that_was_not_merged_is_found_in_it(later: Later) -> None:
     weight = "model.layers.1.self_attn.v_proj.weight"
-    damaged(out, f"{weight}_packed" if name == "int4-g128" else weight)
-    if not known:
-        (out / "merge.json").unlink()
-    settings = LENIENT if verify == "standard" else {}
-    found = "hashes: model-" if known and verify == "structure" else rf"(untouched|converted): {weight}"
+    damaged(later.folder, f"{weight}_packed" if later.name == "int4-g128" else weight)
+    by_hash = later.known and later.verify == "structure"
+    found = "hashes: model-" if by_hash else rf"(untouched|converted): {weight}"
     with pytest.raises(PipelineError, match=found):
-        merge(written[name], dense[1], out, save="existing", verify=verify, verify_settings=settings)
+        later.run()
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -142,12 +135,10 @@ def test_the_command_verifies_a_bases_format_written_anew(
 
 
 def damaged(folder: Path, weight: str) -> None:
-    for path in folder.glob("*.safetensors"):
-        state = load_file(path)
-        if weight in state:
-            flat = state[weight].view(-1).view(torch.uint8)
-            flat[7] ^= 0x88 if state[weight].dtype == torch.uint8 else 0x40
-            save_file(state, path, {"format": "pt"})
+    def flip(codes: Tensor) -> None:
+        codes.view(-1).view(torch.uint8)[7] ^= 0x88 if codes.dtype == torch.uint8 else 0x40
+
+    change(folder, weight, flip)
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq", "int8", "fp8-block", "int4-g128"])

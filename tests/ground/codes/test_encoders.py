@@ -6,7 +6,6 @@ other last bits on several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -26,12 +25,7 @@ SHAPES = [(1, 1), (3, 5), (7, 33), (64, 64), (48, 80), (130, 300), (5, 4304), (6
 BLOCKSIZES = (32, 64, 128, 4096)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,7 @@ from tests.ground.codes.encoding import assert_same_bytes, encoded, raw
 from tests.ground.codes.holding import found, gaussian, random_bytes, whole
 from tests.quantizing import Written, formats
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 KEPT = ["FP8 block", "FP8 channel", "FP8 tensor", "MXFP8", "MXFP4", "int4 packed", "int8 channel"]
