@@ -23,7 +23,7 @@ from pipeline.ground.units import parse_bytes
 from pipeline.publishing import publishable
 from pipeline.settings import SET_AS, key_of, with_fields
 from pipeline.stage import CHOICES, SLOTS, STAGES, Chosen, Pipeline, Save, Stage, load_stages
-from pipeline.tying import Tied
+from pipeline.weight import Tied
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from math import fsum
 
@@ -14,37 +13,31 @@ from pipeline.ground.errors import Refused
 from pipeline.ground.report import Finding, unique
 from pipeline.heads import is_head, labels, with_heads
 from pipeline.pieces import Merged, Placed
-from pipeline.tying import EMBEDDINGS, HEADS, Tied, settle
-from pipeline.weight import Adapter, Checkpoint, Weight
+from pipeline.tying import EMBEDDINGS, HEADS, settle
+from pipeline.weight import Adapter, Asked, Checkpoint, Weight
 
 
-def merged(
-    base: Checkpoint[Weight],
-    adapter: Adapter,
-    factor: float,
-    arithmetic: str,
-    renames: Mapping[str, str],
-    tied: Tied,
-    combination: Combination | None = None,
-) -> Checkpoint[Weight]:
+def merged(base: Checkpoint[Weight], adapter: Adapter, asked: Asked, arithmetic: str) -> Checkpoint[Weight]:
     """The checkpoint whose weights are base + factor * delta in `arithmetic`; Refused for a misfit.
 
-    Deltas of several adapters are summed with their weights, or combined as told.
+    Deltas of several adapters are summed with their weights, or combined as asked.
     """
-    found = [Finding(text) for text in promises(base, adapter, renames)]
-    base, adapter = settle(base, adapter, tied)
-    bound = bind(base, adapter, factor, renames)
+    adapter = normalized(adapter) if asked.normalize else adapter
+    found = [Finding(text) for text in promises(base, adapter, asked.renames)]
+    base, adapter = settle(base, adapter, asked.tied)
+    bound = bind(base, adapter, asked.factor, asked.renames)
     base, homeless = with_heads(base, adapter, bound.homeless)
     if homeless:
         raise Refused(unknown_modules(base, homeless))
     _check_vocabulary(base, bound)
-    weights = tuple(_merged(weight, bound, arithmetic, combination) for weight in base.weights)
+    weights = tuple(_merged(weight, bound, arithmetic, asked.combination) for weight in base.weights)
     heads = [w for w in bound.whole.values() if is_head(w.name) and w.name.endswith(".weight")]
     return replace(
         base,
         weights=weights,
         config_edits={**base.config_edits, **_vocabulary(bound), **labels(heads)},
         findings=tuple(unique(base.findings, adapter.findings, found)),
+        asked=asked,
     )
 
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import lcm
 from typing import TYPE_CHECKING
 
-from pipeline.combined import Combined
-from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.folder import Rows
 from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
 from pipeline.ground.progress import Progress
-from pipeline.ground.reference import (
-    Facts,
-    Part,
-    Reference,
-    compare,
-    every_row,
-    factor_name,
-    sampled_rows,
-    size_of_terms,
-)
+from pipeline.ground.reference import Facts, Part, compare, every_row, sampled_rows
 from pipeline.ground.report import Action, Gate, PlannedWeight, Status
 from pipeline.ground.rounding import Rounding, round_to
 from pipeline.ground.written import Standard, Written, standard_of
-from pipeline.pieces import Merged, Placed
+from pipeline.pieces import FromAdapter, Merged
+from pipeline.retracing import Traced, retraced
 from pipeline.stream import num_workers
-from pipeline.weight import Adapter, Output, Weight
+from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,58 +81,46 @@ def by_chance(output: Output) -> set[str]:
 
 
 def recompute(
-    output: Output, adapter: Adapter, every: bool = False, watching: Watching | None = None
-) -> dict[str, Facts]:
-    """Samples, or every row, of every merged weight of the folder against base + delta in float64."""
+    output: Output,
+    base: Checkpoint[Weight],
+    adapter: Adapter,
+    every: bool = False,
+    watching: Watching | None = None,
+) -> tuple[Gate, dict[str, Facts]]:
+    """Samples, or every row, of every merged weight of the folder against base + delta in float64.
+
+    What base and delta are is worked out from the adapters' files anew; the gate is on whether that comes
+    to the same weights as the merge did.
+    """
     keep_freed_memory()
     folder, found = Written(output.folder), {}
-    merged = [w for w in output.merged.weights if isinstance(w, Merged)]
     planned = {w.name: w for w in output.plan.weights}
     title = f"recomputing {'every row' if every else 'samples'}"
-    with (
-        ExitStack() as opened,
-        plain_arithmetic(),
-        Progress(title, sum(planned[w.name].num_bytes for w in merged)) as bar,
-    ):
-        references = [
-            opened.enter_context(Reference(part.origin.folder, part.config)) for part in adapter.parts
-        ]
+    with ExitStack() as opened, plain_arithmetic():
+        traced = opened.enter_context(retraced(output, base, adapter))
+        merged = [w for w in output.merged.weights if isinstance(w, Merged) and w.name in traced]
+        bar = opened.enter_context(Progress(title, sum(planned[w.name].num_bytes for w in merged)))
 
         def task(weight: Merged) -> tuple[Merged, Facts]:
             with _held(output, folder, weight, planned[weight.name]) as held:
                 watch = watching(weight) if watching else None
-                return weight, _facts(weight, held, references, held.looked_at(every), watch)
+                return weight, _facts(weight, held, traced[weight.name], held.looked_at(every), watch)
 
         tasks = (partial(task, weight) for weight in merged)
         done = opened.enter_context(in_order(tasks, num_workers(), num_workers()))
         for weight, facts in done:
             found[weight.name] = facts
             bar.advance(planned[weight.name].num_bytes)
-    return found
+        return _agreement(output, folder, traced), found
 
 
 def _facts(
-    weight: Merged,
-    held: _Held,
-    references: Sequence[Reference],
-    ranges: list[tuple[int, int]],
-    watch: Watch | None,
+    weight: Merged, held: _Held, traced: Traced, ranges: list[tuple[int, int]], watch: Watch | None
 ) -> Facts:
-    facts, plain = Facts(), all(is_plain(placed, weight) for placed in weight.placed)
-    num_parts = num_matrices(weight)
-    with ExitStack() as stack:
-        if plain:
-            bases = stack.enter_context(weight.base.open("cpu"))
-            deltas = added(references, weight.placed)
-        else:
-            tiles = stack.enter_context(replace(weight, arithmetic="F64").open("cpu"))
+    facts, num_parts = Facts(), num_matrices(weight)
+    with traced.open() as terms:
         for start, stop in ranges:
-            if plain:
-                base, (delta, size) = bases(start, stop).base, deltas(start, stop)
-            else:
-                tile = tiles(start, stop)
-                base, delta = tile.base, tile.value - tile.base.double()
-                size = size_of_terms(base, delta)
+            base, delta, size = terms(start, stop)
             rows, seen = held.rows(start, stop).view(base.shape), (facts.energy, facts.changed, facts.due)
             held.compare(facts, start, rows, base, delta, size)
             if num_parts > 1:
@@ -155,28 +133,28 @@ def _facts(
     return facts
 
 
-def is_plain(placed: Placed, weight: Merged) -> bool:
-    """Whether it is nothing but B @ A on all of the weight, as its file has it."""
-    delta = placed.delta
-    if isinstance(weight, Combined):
-        return False
-    if not isinstance(delta, Lora) or len(delta.A.shape) != 2 or delta.blocks != (1, 1) or delta.transposed:
-        return False
-    named = [delta.A.name, delta.B.name] == [factor_name(delta.module, x) for x in "AB"]
-    return named and delta.shape == weight.shape and placed.rows == (0, weight.num_rows) and delta.scale > 0
-
-
-def added(
-    references: Sequence[Reference], placed: Sequence[Placed]
-) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-    """rows(start, stop) of the sum of plain deltas, and of the sizes that their slack is taken of."""
-    parts = [references[p.part].delta(p.delta.module, p.factor) for p in placed]
-
-    def rows(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        deltas, sizes = zip(*(part(start, stop) for part in parts), strict=True)
-        return sum(deltas[1:], deltas[0]), sum(sizes[1:], sizes[0])
-
-    return rows
+def _agreement(output: Output, folder: Written, traced: Mapping[str, Traced]) -> Gate:
+    """Whether merge and second map change the same weights, and hold the same ones whole."""
+    planned = {w.name: w for w in output.plan.weights}
+    wrong = [f"{name} is not in the output, but the adapter changes it" for name in traced.keys() - planned]
+    for weight in output.merged.weights:
+        own = traced.get(weight.name)
+        changed, held = isinstance(weight, Merged), isinstance(weight, FromAdapter)
+        if not own and (changed or held):
+            wrong.append(f"{weight.name} is changed, but no tensor of the adapter means it")
+        elif own and own.pieces and not changed:
+            wrong.append(f"{weight.name} is not changed, but tensors of the adapter mean it")
+        elif own and not own.pieces and not held:
+            wrong.append(f"{weight.name} is not taken from the adapter, which holds it")
+        elif own and held:
+            with _held(output, folder, weight, planned[weight.name]) as there, own.before() as rows:
+                ranges = there.looked_at(False)
+                if not all(_is_converted(there, rows(start, stop), start) for start, stop in ranges):
+                    wrong.append(f"{weight.name} is not what the adapter holds")
+    wanted = "the weights that the adapter's keys mean, read a second time"
+    if wrong:
+        return Gate("retraced", Status.failed, f"{wrong[0]} ({len(wrong)} weights)", wanted)
+    return Gate("retraced", Status.passed, f"{len(traced)} weights", wanted)
 
 
 def converted(output: Output, every: bool = False) -> Gate:

@@ -22,8 +22,7 @@ from pipeline.ground.dtypes import FloatDtype
 from pipeline.ground.errors import Refused
 from pipeline.ground.ranks import Rank
 from pipeline.ground.report import Plan, Report
-from pipeline.tying import Tied
-from pipeline.weight import Adapter, Checkpoint, Output, Stored, Weight
+from pipeline.weight import Adapter, Checkpoint, Output, Stored, Tied, Weight
 
 
 @dataclass(frozen=True, kw_only=True)

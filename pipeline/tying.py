@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 
 from pipeline.ground.deltas.delta import Delta
 from pipeline.ground.deltas.dora import Dora
@@ -18,21 +17,12 @@ from pipeline.ground.deltas.tokens import TokenRows
 from pipeline.ground.entries import is_transpose, same_values
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Finding
-from pipeline.weight import Adapter, Checkpoint, Part, Weight
+from pipeline.weight import Adapter, Checkpoint, Part, Tied, Weight
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 HEADS = ("lm_head", "embed_out")
 _WHISPER = "proj_out"  # on top; others call other layers so
 KEY = "tie_word_embeddings"
-
-
-class Tied(Enum):
-    """What to do when an adapter changes embeddings that lm_head shares."""
-
-    auto = "auto"
-    untie = "untie"
-    shared = "shared"
-    refuse = "refuse"
 
 
 def settle(base: Checkpoint[Weight], adapter: Adapter, policy: Tied) -> tuple[Checkpoint[Weight], Adapter]:

@@ -10,12 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from pipeline.ground.codes.code import Code
+from pipeline.ground.combining import Combination
 from pipeline.ground.deltas.delta import Delta
+from pipeline.ground.deltas.kind import NOTHING_TOLD, Told
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.files import File, read_tensor
 from pipeline.ground.hub import Source
@@ -152,6 +155,15 @@ class Decoded(Weight):
             yield tile
 
 
+class Tied(Enum):
+    """What to do when an adapter changes embeddings that lm_head shares."""
+
+    auto = "auto"
+    untie = "untie"
+    shared = "shared"
+    refuse = "refuse"
+
+
 W = TypeVar("W", bound=Weight | Stored, covariant=True)
 
 
@@ -162,6 +174,17 @@ class ShardLayout:
     name: str
     weights: tuple[str, ...]
     original: Shard | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a merge was asked to do with the adapters."""
+
+    factor: float = 1.0
+    normalize: bool = False  # the adapters' weights divided by their sum
+    renames: Mapping[str, str] = field(default_factory=dict)
+    tied: Tied = Tied.auto
+    combination: Combination | None = None  # how deltas become one, if not by their sum
 
 
 @dataclass(frozen=True)
@@ -178,6 +201,7 @@ class Checkpoint(Generic[W]):
     side_files: tuple[SideFile, ...] = ()
     findings: tuple[Finding, ...] = ()
     left_open: bool = False  # the request does not say which base is meant, this or a quantized one
+    asked: Asked | None = None  # if an adapter was merged into it
 
 
 @dataclass(frozen=True)
@@ -192,6 +216,8 @@ class Part:
     side_files: tuple[SideFile, ...] = ()
     findings: tuple[Finding, ...] = ()
     extraction: Extraction | None = None  # what it was made of, if this run makes it
+    told: Told = NOTHING_TOLD
+    initial: Path | None = None  # its folder as it was before training, which is taken off
 
 
 @dataclass(frozen=True)

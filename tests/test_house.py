@@ -51,6 +51,7 @@ CONTRACT = {
     "probing",
     "quantizing",
     "recomputing",
+    "retracing",
     "settings",
     "same_base",
     "simulated",

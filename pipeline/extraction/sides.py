@@ -21,8 +21,7 @@ from pipeline.ground.spool import told
 from pipeline.loading import load_checkpoint
 from pipeline.merging import merged
 from pipeline.pieces import FromAdapter, Merged
-from pipeline.tying import Tied
-from pipeline.weight import Adapter, Checkpoint, Weight
+from pipeline.weight import Adapter, Asked, Checkpoint, Weight
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Sides:
         if self.finetune:
             return dense(load_checkpoint("finetune", self.finetune, download=not self.dry_run))
         adapter = self.adapter()
-        found = merged(self.base, adapter, 1.0, "F32", self.names, Tied.auto)
+        found = merged(self.base, adapter, Asked(renames=self.names), "F32")
         for weight in found.weights:
             for placed in weight.placed if isinstance(weight, Merged) else ():
                 if placed.delta.replaces and not isinstance(placed.delta, Saved):

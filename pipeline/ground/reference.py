@@ -1,19 +1,14 @@
 """Merged weights recomputed in float64, and how far what is stored is from that.
 
-For plain LoRA on a second path - safetensors' own reader, the plain formula - which shares nothing with
-what wrote the weights but the decoding of the base's rows. For every other kind with the kind's own rows
-in float64; the tests hold those against PEFT.
+What they should be comes of a second path (`pipeline.retracing`), which shares nothing with what wrote the
+weights but the decoding of the base's rows.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
 from math import sqrt
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.ground.outliers import Lines, Spread
@@ -129,48 +124,6 @@ def interval(kept: float, variance: float, energy: float) -> tuple[float, float]
     """95 % interval of kept / energy."""
     share, error = kept / energy, 1.96 * sqrt(variance) / energy
     return share - error, share + error
-
-
-class Reference:
-    """An adapter folder read with the safetensors library: float64 rows of what LoRA adds to a module."""
-
-    def __init__(self, adapter: Path, config: Mapping[str, Any]) -> None:
-        self._path, self._config = adapter / "adapter_model.safetensors", config
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Reference:
-        from safetensors import safe_open
-
-        self._file = self._stack.enter_context(safe_open(self._path, "pt"))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def delta(self, module: str, factor: float) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-        """rows(start, stop) of the delta, and of |factor * scale| |B| |A|, from which the slack is taken."""
-        A = self._file.get_tensor(factor_name(module, "A")).double()
-        B, size = self._file.get_slice(factor_name(module, "B")), A.abs()
-        scale = self._scale(module, A.shape[0]) * factor
-
-        def rows(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            left = B[start:stop].double()
-            return scale * (left @ A), abs(scale) * (left.abs() @ size)
-
-        return rows
-
-    def _scale(self, module: str, rank: int) -> float:
-        alpha = self._config["lora_alpha"]
-        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
-        return float(alpha / rank**0.5 if self._config.get("use_rslora") else alpha / rank)
-
-
-def factor_name(module: str, x: str) -> str:
-    """The key under which PEFT keeps a plain layer's lora_A or lora_B."""
-    return f"base_model.model.{module}.lora_{x}.weight"
 
 
 def size_of_terms(base: Tensor, delta: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from pipeline.loading import load_checkpoint
 from pipeline.merging import merged
 from pipeline.stage import Chosen
 from pipeline.stages.extract.peft import Peft
-from pipeline.tying import Tied
+from pipeline.weight import Tied
 
 found = {}
 for folder in map(Path, sys.argv[1:]):

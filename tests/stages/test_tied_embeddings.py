@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Report
-from pipeline.tying import Tied
+from pipeline.weight import Tied
 from tests.beside_peft import Case, load_base, quiet, quietly_merged, with_noise, write, write_base
 from tests.lora_cases import ENDS, TIED, lora
 from tests.models import tensors

@@ -66,6 +66,8 @@ class Peft(Extract):
             origin=origin,
             files=(file.shard.file, File.at(file.config_path)),
             side_files=side_files(origin.folder, "adapter"),
+            told=told,
+            initial=initial.folder if initial else None,
         )
 
     def _differences(self, file: AdapterFile) -> list[str]:

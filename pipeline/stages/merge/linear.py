@@ -5,12 +5,11 @@ It is the sum of the full deltas; PEFT's add_weighted_adapter sums A and B apart
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pipeline.merging import normalized
 from pipeline.stage import stage
 from pipeline.stages.merge.exact import Exact
-from pipeline.weight import Adapter, Checkpoint, Weight
+from pipeline.weight import Asked
 
 
 @stage("linear")
@@ -21,5 +20,6 @@ class Linear(Exact):
     normalize: bool = False
     """divide the adapters' weights by their sum"""
 
-    def __call__(self, base: Checkpoint[Weight], adapter: Adapter) -> Checkpoint[Weight]:
-        return super().__call__(base, normalized(adapter) if self.normalize else adapter)
+    @property
+    def asked(self) -> Asked:
+        return replace(super().asked, normalize=self.normalize)

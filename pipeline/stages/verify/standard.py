@@ -87,10 +87,10 @@ class Standard(Verify):
         """Samples, or every row, of what was computed, against float64."""
         output = seen.output
         seen.gates.append(converted(output, every))
-        facts = recompute(output, seen.adapter, every, watching)
+        traced, facts = recompute(output, seen.base, seen.adapter, every, watching)
         seen.weights = figures(facts, seen.weights, every)
         gate, findings = retained(facts, output, self.min_retained, self.max_retained)
-        seen.gates += [rounding(output, facts), self._effect(seen, facts), gate]
+        seen.gates += [traced, rounding(output, facts), self._effect(seen, facts), gate]
         seen.findings += [*noteworthy(facts, output), *findings]
 
     def ask(self, seen: Seen) -> None:
