@@ -13,6 +13,10 @@ FLOAT32_SLACK = 2.0**-21
 # The same in float64, whose last place is 2^-29 of float32's.
 FLOAT64_SLACK = 2.0**-50
 
+# Two float64 computations of one formula by other ways, of the largest element: norms, solved systems and
+# products of a few matrices, each of whose sums of up to some hundred terms is off by 2^-46 or so.
+FLOAT64_FORMULA = 2.0**-44
+
 # An element that a float32 FFT gives, there and back, over up to 2^16 elements is off by less than this
 # share of the largest one: two last places, 2^-23, for each of 2 * 16 steps.
 FLOAT32_FFT = 2.0**-17

@@ -46,7 +46,7 @@ def gates(report: Report) -> dict[str, Status]:
 def test_a_sound_merge_passes_every_gate(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, _ = made
     report = merge(base, adapter, tmp_path / "out", verify="standard")
-    names = ["structure", "untouched", "converted", "rounding", "effect", "retained", "logits"]
+    names = ["structure", "untouched", "converted", "retraced", "rounding", "effect", "retained", "logits"]
     names += ["divergence", "tail", "same token", "probabilities"]
     assert gates(report) == dict.fromkeys(names, Status.passed)
     assert report.logits is not None

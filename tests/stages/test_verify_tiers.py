@@ -72,8 +72,8 @@ def broken(made: Made, tmp_path: Path, change: Callable[[State, Path, Path], Non
 def test_a_sound_merge_passes_every_tier(made: Made) -> None:
     report = verify(made, made[2])
     assert set(statuses(report).values()) == {Status.passed}
-    assert list(statuses(report))[:8] == [
-        "structure", "config", "untouched", "converted", "rounding", "effect", "retained", "layers"
+    assert list(statuses(report))[:9] == [
+        "structure", "config", "untouched", "converted", "retraced", "rounding", "effect", "retained", "layers"
     ]  # fmt: skip
     facts = report.weights[WIDE]
     assert facts["verified_elements"] == 4096 * 128

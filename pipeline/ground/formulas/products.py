@@ -40,7 +40,7 @@ def lokr(module: Module, W: Parameter) -> Change:
     if right.ndim == 4:
         left = left[:, :, None, None]
     scale = module.by_pattern("alpha_pattern", "alpha") / module.by_pattern("rank_pattern", "r")
-    return dense(torch.kron(left, right).reshape(W.shape) * scale)
+    return dense(torch.kron(left, right.contiguous()).reshape(W.shape) * scale)
 
 
 def hira(module: Module, W: Parameter) -> Change:
