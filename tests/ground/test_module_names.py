@@ -287,55 +287,55 @@ def test_the_three_eras_of_gemma3_find_each_other(adapter: int, files: int) -> N
         assert find(names, row[adapter]) == (Site(row[files]),)
 
 
-@pytest.mark.parametrize(
-    ("asked", "held"),
-    [
-        ("model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
-        ("layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
-        ("model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.mlp.up_proj.weight"),
-        ("model.language_model.model.norm.weight", "language_model.model.norm.weight"),
-        ("model.image_newline", "image_newline"),
-        ("thinker.model.language_model.layers.0.mlp.gate.weight", "thinker.model.layers.0.mlp.gate.weight"),
-        ("h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.weight"),
-        ("transformer.h.0.attn.c_attn.bias", "h.0.attn.c_attn.bias"),
-        ("model.layers.0.mixer.in_proj.weight", "backbone.layers.0.mixer.in_proj.weight"),
-        ("backbone.layers.0.mixer.in_proj.weight", "model.layers.0.mixer.in_proj.weight"),
-        ("encoder.layer.0.output.LayerNorm.weight", "bert.encoder.layer.0.output.LayerNorm.gamma"),
-        ("bert.encoder.layer.0.output.LayerNorm.bias", "encoder.layer.0.output.LayerNorm.beta"),
-        ("lm_head.weight", "embed_out.weight"),
-        ("model.layers.0.mlp.gate.weight", "model.layers.0.block_sparse_moe.gate.weight"),
-        ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.router.gate.weight"),
-        ("layers.0.mlp.experts.gate_up_proj", "language_model.model.layers.0.mlp.experts.fc1.weight"),
-        ("layers.0.mlp.experts.down_proj", "language_model.model.layers.0.mlp.experts.fc2.weight"),
-        ("model.layers.0.mlp.experts.1.w2.weight", "model.layers.0.block_sparse_moe.experts.1.w2.weight"),
-        ("model.layers.0.mlp.experts.1.w3.weight", "model.layers.0.mlp.experts.1.up_proj.weight"),
-    ],
-)  # fmt: skip
+ALIKE = [
+    ("model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+    ("layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+    ("model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.mlp.up_proj.weight"),
+    ("model.language_model.model.norm.weight", "language_model.model.norm.weight"),
+    ("model.image_newline", "image_newline"),
+    ("thinker.model.language_model.layers.0.mlp.gate.weight", "thinker.model.layers.0.mlp.gate.weight"),
+    ("h.0.attn.c_attn.weight", "transformer.h.0.attn.c_attn.weight"),
+    ("transformer.h.0.attn.c_attn.bias", "h.0.attn.c_attn.bias"),
+    ("model.layers.0.mixer.in_proj.weight", "backbone.layers.0.mixer.in_proj.weight"),
+    ("backbone.layers.0.mixer.in_proj.weight", "model.layers.0.mixer.in_proj.weight"),
+    ("encoder.layer.0.output.LayerNorm.weight", "bert.encoder.layer.0.output.LayerNorm.gamma"),
+    ("bert.encoder.layer.0.output.LayerNorm.bias", "encoder.layer.0.output.LayerNorm.beta"),
+    ("lm_head.weight", "embed_out.weight"),
+    ("model.layers.0.mlp.gate.weight", "model.layers.0.block_sparse_moe.gate.weight"),
+    ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.router.gate.weight"),
+    ("layers.0.mlp.experts.gate_up_proj", "language_model.model.layers.0.mlp.experts.fc1.weight"),
+    ("layers.0.mlp.experts.down_proj", "language_model.model.layers.0.mlp.experts.fc2.weight"),
+    ("model.layers.0.mlp.experts.1.w2.weight", "model.layers.0.block_sparse_moe.experts.1.w2.weight"),
+    ("model.layers.0.mlp.experts.1.w3.weight", "model.layers.0.mlp.experts.1.up_proj.weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "held"), ALIKE)
 def test_eras_and_depths_of_nesting_are_one_name(asked: str, held: str) -> None:
     others = {"model.visual.blocks.0.attn.qkv.weight": (2, 2), "mtp.layers.0.mlp.up_proj.weight": (2, 2)}
     assert find(Names({held: (2, 2), **others}), asked) == (Site(held),)
 
 
-@pytest.mark.parametrize(
-    ("asked", "held"),
-    [
-        ("model.layers.0.mlp.up_proj.weight", "mtp.layers.0.mlp.up_proj.weight"),
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"),
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.shared_expert.up_proj.weight"),
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.bias"),
-        ("model.layers.0.self_attn.q_proj.weight", "model.decoder.layers.0.self_attn.q_proj.weight"),
-        ("encoder.layers.0.fc1.weight", "decoder.layers.0.fc1.weight"),
-        ("model.layers.0.self_attn.q_proj.weight", "talker.model.layers.0.self_attn.q_proj.weight"),
-        ("model.encoder.layers.0.fc1.weight", "vision_tower.encoder.layers.0.fc1.weight"),
-        ("text_model.encoder.layers.0.fc1.weight", "vision_model.encoder.layers.0.fc1.weight"),
-        ("bert.encoder.layer.0.output.dense.weight", "roberta.encoder.layer.0.output.dense.weight"),
-        ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.gate.weight"),
-        ("model.layers.0.mlp.experts.1.up_proj.weight", "model.layers.0.mlp.experts.1.gate_proj.weight"),
-        ("model.layers.0.mlp.experts.4.up_proj.weight", "model.layers.0.mlp.experts.gate_up_proj"),
-        ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"),
-        ("model.layers.0.mlp.experts.0.up_proj.bias", "model.layers.0.mlp.experts.gate_up_proj"),
-    ],
-)  # fmt: skip
+APART = [
+    ("model.layers.0.mlp.up_proj.weight", "mtp.layers.0.mlp.up_proj.weight"),
+    ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"),
+    ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.shared_expert.up_proj.weight"),
+    ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.bias"),
+    ("model.layers.0.self_attn.q_proj.weight", "model.decoder.layers.0.self_attn.q_proj.weight"),
+    ("encoder.layers.0.fc1.weight", "decoder.layers.0.fc1.weight"),
+    ("model.layers.0.self_attn.q_proj.weight", "talker.model.layers.0.self_attn.q_proj.weight"),
+    ("model.encoder.layers.0.fc1.weight", "vision_tower.encoder.layers.0.fc1.weight"),
+    ("text_model.encoder.layers.0.fc1.weight", "vision_model.encoder.layers.0.fc1.weight"),
+    ("bert.encoder.layer.0.output.dense.weight", "roberta.encoder.layer.0.output.dense.weight"),
+    ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.gate.weight"),
+    ("model.layers.0.mlp.experts.1.up_proj.weight", "model.layers.0.mlp.experts.1.gate_proj.weight"),
+    ("model.layers.0.mlp.experts.4.up_proj.weight", "model.layers.0.mlp.experts.gate_up_proj"),
+    ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"),
+    ("model.layers.0.mlp.experts.0.up_proj.bias", "model.layers.0.mlp.experts.gate_up_proj"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "held"), APART)
 def test_what_means_something_else_is_not_found(asked: str, held: str) -> None:
     shape = (4, 6, 8) if "experts" in held and not held.endswith(".weight") else (6, 8)
     assert find(Names({held: shape}), asked) == ()

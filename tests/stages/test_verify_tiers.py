@@ -73,7 +73,8 @@ def test_a_sound_merge_passes_every_tier(made: Made) -> None:
     report = verify(made, made[2])
     assert set(statuses(report).values()) == {Status.passed}
     assert list(statuses(report))[:9] == [
-        "structure", "config", "untouched", "converted", "retraced", "rounding", "effect", "retained", "layers"
+        "structure", "config", "untouched", "converted", "retraced", "rounding", "effect", "retained",
+        "layers",
     ]  # fmt: skip
     facts = report.weights[WIDE]
     assert facts["verified_elements"] == 4096 * 128

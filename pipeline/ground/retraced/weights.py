@@ -43,6 +43,12 @@ _LATER = tuple(
         (r"\.experts\.(gate_up|down)_projs\.(\d+)\.", r".experts.\2.\1_proj."),
     )
 )
+# What models call themselves within a class with a head: files of the model alone lack it.
+_INNER = frozenset(
+    {"albert", "backbone", "beit", "bert", "convbert", "deberta", "deit", "dinov2", "distilbert", "electra"}
+    | {"esm", "gpt_neox", "hubert", "layoutlm", "longformer", "mpnet", "roberta", "swin", "transformer"}
+    | {"vit", "wav2vec2", "wavlm"}
+)
 _NESTING = frozenset({"model", "language_model"})  # before the layers: how deep a class holds them
 
 
@@ -87,7 +93,7 @@ class Weights:
         self._by_spelling: dict[str, list[str]] = {}
         for name in shapes:
             self._by_spelling.setdefault(spelt(name), []).append(name)
-        self._fronts = {name.split(".")[0] for name in self._by_spelling}
+        self._inner = sorted(_INNER & {name.split(".")[0] for name in self._by_spelling})
         self._stacks = {_stack(name) for name in self._by_spelling}
 
     def find(
@@ -113,11 +119,11 @@ class Weights:
         return module
 
     def _nested_otherwise(self, asked: str) -> list[str]:
-        """The name within the base model that the checkpoint's names begin with, or out of it."""
+        """The name without that of the model within a class, or with it."""
         if _stack(asked) in self._stacks:
             return []  # layers that the checkpoint knows by this very name
         front, _, rest = asked.partition(".")
-        return [rest, *(f"{other}.{asked}" for other in sorted(self._fronts) if other != front)]
+        return [rest] if front in _INNER else [f"{inner}.{asked}" for inner in self._inner]
 
     def _answers(self, asked: str, features: Features | None, stack: bool) -> Iterator[list[Place]]:
         for name in self._by_spelling.get(asked, ()):

@@ -1,4 +1,4 @@
-"""Each formula of the second path against PEFT's merge in float64, from nothing but base and adapter folder."""
+"""Each formula of the second path against PEFT's merge in float64, from base and adapter folder alone."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pipeline.ground.retraced.weights import Weights
 from tests import kind_cases, lora_cases
 from tests.beside_peft import Case, merged_by_peft, quiet, write
 from tests.ground.deltas import (
+    parity,
     test_adalora,
     test_boft,
     test_c3a,
@@ -40,7 +41,6 @@ from tests.ground.deltas import (
     test_vblora,
     test_vera,
 )
-from tests.ground.deltas import parity
 from tests.ground.deltas.claims import model
 from tests.models import tensors
 from tests.tolerance import FLOAT32_FFT, FLOAT32_SLACK, FLOAT64_FORMULA

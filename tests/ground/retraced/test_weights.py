@@ -6,10 +6,26 @@ from itertools import product
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.ground.errors import Refused
+from pipeline.ground.module_names import Names
 from pipeline.ground.retraced.weights import Place, Weights
-from tests.ground.test_module_names import GEMMA3, MODELS, Layout, sample
+from tests.ground.test_module_names import (
+    ALIKE,
+    APART,
+    GEMMA3,
+    GPT_OSS,
+    GPT_OSS_APART,
+    MODELS,
+    MOE_LAYER,
+    Layout,
+    sample,
+    shapes,
+    weight_names,
+)
 
 
 def weights_of(layout: Layout, model_type: str | None) -> Weights:
@@ -67,7 +83,12 @@ def test_what_two_weights_answer_to_is_left_open() -> None:
 
 @pytest.mark.parametrize(
     ("features", "model_type", "lies"),
-    [((12, 8), "mixtral", False), ((8, 12), "mixtral", True), ((8, 8), "llama4", True), ((8, 8), "jamba", False)],
+    [
+        ((12, 8), "mixtral", False),
+        ((8, 12), "mixtral", True),
+        ((8, 8), "llama4", True),
+        ((8, 8), "jamba", False),
+    ],
 )
 def test_one_experts_module_lies_in_the_stack_as_its_sizes_or_the_model_tell(
     features: tuple[int, int], model_type: str, lies: bool
@@ -76,3 +97,40 @@ def test_one_experts_module_lies_in_the_stack_as_its_sizes_or_the_model_tell(
     weights = Weights({"model.layers.0.mlp.experts.down_proj": shape}, model_type, {})
     [place] = weights.find("model.layers.0.mlp.experts.1.down_proj", "weight", features)
     assert (place.turned, place.row, place.dims) == (lies, shape[1], shape[1:])
+
+
+@pytest.mark.parametrize(("asked", "held"), ALIKE)
+def test_eras_and_depths_of_nesting_are_one_name(asked: str, held: str) -> None:
+    others = {"model.visual.blocks.0.attn.qkv.weight": (2, 2), "mtp.layers.0.mlp.up_proj.weight": (2, 2)}
+    assert names_found({held: (2, 2), **others}, asked) == [held]
+
+
+@pytest.mark.parametrize(("asked", "held"), APART)
+def test_what_means_something_else_is_not_found(asked: str, held: str) -> None:
+    shape = (4, 6, 8) if "experts" in held and not held.endswith(".weight") else (6, 8)
+    assert names_found({held: shape}, asked) == []
+
+
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
+@pytest.mark.parametrize(("kind", "ending"), [("weight", ""), ("bias", "_bias")])
+def test_gpt_oss_from_bitsandbytes_days_finds_its_expert(projection: str, kind: str, ending: str) -> None:
+    fused = f"{MOE_LAYER}.{projection}_proj{ending}"
+    apart = [f"{MOE_LAYER}.{projection}_projs.{e}.{kind}" for e in range(2)]
+    assert [names_found(GPT_OSS, name) for name in apart] == [[fused], [fused]]
+    assert names_found(GPT_OSS_APART, fused) == (apart if kind == "weight" else [])
+    assert names_found(GPT_OSS, f"{MOE_LAYER}.{projection}_projs.2.{kind}") == []
+
+
+def names_found(held: dict[str, tuple[int, ...]], asked: str) -> list[str]:
+    module, _, parameter = asked.rpartition(".")
+    return [place.weight for place in Weights(dict(held), None, {}).find(module, parameter)]
+
+
+@given(held=st.dictionaries(weight_names, shapes, max_size=8), asked=weight_names)
+def test_both_maps_agree_on_what_they_find(held: dict[str, tuple[int, ...]], asked: str) -> None:
+    module, _, parameter = asked.rpartition(".")
+    try:
+        first = [site.weight for site in Names(held).find(module, parameter)]
+    except Refused:
+        return
+    assert names_found(held, asked) == first
