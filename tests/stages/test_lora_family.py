@@ -33,9 +33,9 @@ from tests.beside_peft import (
     write,
     write_base,
 )
-from tests.lora_cases import CASES, RESIZED, TIED_RIGHTLY, llama, lora
+from tests.lora_cases import CASES, RESIZED, TIED_RIGHTLY, bare, llama, lora
 from tests.models import tensors
-from tests.peft_defects import Files
+from tests.peft_defects import Attention, Files
 from tests.tolerance import within_half_ulp
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -172,6 +172,16 @@ def test_the_adapter_before_training_stands_for_pefts_own_conversion(init: str, 
         size = files(name).abs() + exact.abs().amax()
         assert within_half_ulp(told_values[name], exact, "F32", size)
         assert within_half_ulp(converted[name], exact, "F32", size)
+
+
+def test_the_out_proj_of_an_attention_has_the_alpha_that_patterns_give_the_attention(tmp_path: Path) -> None:
+    case = Case(Attention, bare("attn", alpha_pattern={"attn": 20}), told={"out_proj_times": 2})
+    found = merges(case, tmp_path, torch.float32)
+    assert is_proved(found.report, logits=False)
+    files, name = Files(tmp_path), "attn.out_proj.weight"
+    D = 2 * 20 / 4 * files.lora("attn.base_layer.out_proj")
+    for state in (found.ours, found.theirs):
+        assert within_half_ulp(state[name], files(name) + D, "F32", files(name).abs() + D.norm())
 
 
 def test_several_adapters_are_summed_and_rounded_once(tmp_path: Path) -> None:

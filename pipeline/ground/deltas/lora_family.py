@@ -55,7 +55,7 @@ def _layer(trained: Trained, A: Entry, B: Entry) -> list[Delta]:
         raise trained.refuse(f"has lora_A {list(A.shape)} and lora_B {list(B.shape)}, whose ranks differ")
     rank = _checked_rank(trained, trained.module, A.shape[0])
     module, times = _unnested(trained)
-    scale = scaling(module, trained.config, rank)
+    scale = scaling(trained.module.split(NESTED)[0], trained.config, rank)  # out_proj has its attention's
     shape = (B.shape[0], A.shape[1] * blocks[0], *A.shape[2:])
     lora = Lora(module, "weight", shape, A, B, scale * times, blocks=blocks)
     found: list[Delta] = [_with_magnitude(trained, lora, shape[0])]
