@@ -155,6 +155,42 @@ def test_no_stage_knows_another_slots_stages(file: str) -> None:
     assert not others
 
 
+SECOND_PATH = [
+    f for f in FILES if f.startswith(("ground/formulas/", "ground/retraced/")) or f == "retracing.py"
+]
+FIRST_PATH = ("ground.deltas", "ground.adapter_keys", "ground.adapter_format", "ground.module_names")
+FIRST_PATH += ("ground.canonical_names", "ground.belongings", "binding", "pieces", "combined", "merging")
+FIRST_PATH += ("tying", "heads", "ground.targets", "ground.target_rules", "ground.entries")
+SHARED = {  # of modules that have a part in the merge: data, and what draws DARE's masks
+    "pipeline.ground.combining": {"Combination", "MajoritySign"},
+    "pipeline.ground.selecting": {"AtRandom", "Spot"},
+}
+
+
+@pytest.mark.parametrize("file", SECOND_PATH)
+def test_the_second_path_shares_nothing_with_the_first(file: str) -> None:
+    names = all_imports(file)
+    first = tuple(f"pipeline.{module}" for module in FIRST_PATH)
+    assert not [n for n in names if f"{n}.".startswith(tuple(f"{module}." for module in first))]
+    for module, data in SHARED.items():
+        assert {n.removeprefix(f"{module}.") for n in names if n.startswith(f"{module}.")} <= data
+
+
+@pytest.mark.parametrize("file", [f for f in SECOND_PATH if f.startswith("ground/")])
+def test_nothing_beneath_the_second_path_leads_to_the_first(file: str) -> None:
+    seen: set[str] = set()
+    to_see = {own_name(file)}
+    while to_see:
+        module = to_see.pop()
+        seen.add(module)
+        path = "/".join(module.split(".")[1:])
+        known = path + ".py" if path + ".py" in FILES else f"{path}/__init__.py"
+        if known in FILES:
+            to_see |= {m for m in ours(all_imports(known)) if m not in SHARED} - seen
+    first = {m for m in seen for f in FIRST_PATH if f"{m}.".startswith(f"pipeline.{f}.")}
+    assert not first
+
+
 def test_these_files_alone_know_hydra() -> None:
     found = {f for f in FILES for m in all_imports(f) if m.split(".")[0] in ("hydra", "omegaconf")}
     hydra = {"__main__.py", "api.py", "compose.py", "recipe_source.py", "refusing.py", "running.py"}
