@@ -98,7 +98,7 @@ def recompute(
     title = f"recomputing {'every row' if every else 'samples'}"
     with ExitStack() as opened, plain_arithmetic():
         traced = opened.enter_context(retraced(output, base, adapter))
-        merged = [w for w in output.merged.weights if isinstance(w, Merged) and w.name in traced]
+        merged = [w for w in output.merged.weights if isinstance(w, Merged) and _is_traced(w, traced)]
         bar = opened.enter_context(Progress(title, sum(planned[w.name].num_bytes for w in merged)))
 
         def task(weight: Merged) -> tuple[Merged, Facts]:
@@ -133,10 +133,19 @@ def _facts(
     return facts
 
 
+def _is_traced(weight: Weight, traced: Mapping[str, Traced]) -> bool:
+    own = traced.get(weight.name)
+    return own is not None and bool(own.pieces) and own.shape == weight.shape
+
+
 def _agreement(output: Output, folder: Written, traced: Mapping[str, Traced]) -> Gate:
     """Whether merge and second map change the same weights, and hold the same ones whole."""
     planned = {w.name: w for w in output.plan.weights}
-    wrong = [f"{name} is not in the output, but the adapter changes it" for name in traced.keys() - planned]
+    wanted = "the weights that the adapter's keys mean, read a second time"
+    if output.merged.asked is None:
+        return Gate("retraced", Status.skipped, "the merge stage does not tell what it was asked", wanted)
+    beyond = sorted(traced.keys() - planned)
+    wrong = [f"{name} is not in the output, but the adapter changes it" for name in beyond]
     for weight in output.merged.weights:
         own = traced.get(weight.name)
         changed, held = isinstance(weight, Merged), isinstance(weight, FromAdapter)
@@ -146,12 +155,15 @@ def _agreement(output: Output, folder: Written, traced: Mapping[str, Traced]) ->
             wrong.append(f"{weight.name} is not changed, but tensors of the adapter mean it")
         elif own and not own.pieces and not held:
             wrong.append(f"{weight.name} is not taken from the adapter, which holds it")
+        elif own and own.shape != weight.shape:
+            wrong.append(
+                f"{weight.name} is {list(weight.shape)}, where the adapter makes it {list(own.shape)}"
+            )
         elif own and held:
             with _held(output, folder, weight, planned[weight.name]) as there, own.before() as rows:
                 ranges = there.looked_at(False)
                 if not all(_is_converted(there, rows(start, stop), start) for start, stop in ranges):
                     wrong.append(f"{weight.name} is not what the adapter holds")
-    wanted = "the weights that the adapter's keys mean, read a second time"
     if wrong:
         return Gate("retraced", Status.failed, f"{wrong[0]} ({len(wrong)} weights)", wanted)
     return Gate("retraced", Status.passed, f"{len(traced)} weights", wanted)

@@ -21,10 +21,10 @@ from pipeline.ground.reference import size_of_terms
 from pipeline.ground.retraced import ties
 from pipeline.ground.retraced.adapter import Adapter as Opened
 from pipeline.ground.retraced.adapter import Piece, Told, opened
-from pipeline.ground.retraced.pieces import Area, area_of, change_on
+from pipeline.ground.retraced.pieces import Area, area_of, change_on, scaled
 from pipeline.ground.retraced.weights import Weights
 from pipeline.ground.selecting import Spot
-from pipeline.weight import Adapter, Asked, Checkpoint, Output, Part, Tiles, Weight
+from pipeline.weight import Adapter, Checkpoint, Output, Part, Tiles, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +84,8 @@ class Traced:
                     delta = rows(start, stop)
                     return W, delta, size_of_terms(W, delta)
                 found = [part(start, stop) for part in parts]
-                delta = _sum([D * f for (D, _), f in zip(found, factors, strict=True)])
-                sizes = [s * abs(f) for (_, s), f in zip(found, factors, strict=True) if s is not None]
+                delta = _sum([scaled(D, f) for (D, _), f in zip(found, factors, strict=True)])
+                sizes = [scaled(s, abs(f)) for (_, s), f in zip(found, factors, strict=True) if s is not None]
                 return W, delta, _sum(sizes) if len(sizes) == len(found) else size_of_terms(W, delta)
 
             yield terms
@@ -118,6 +118,9 @@ def _summed(pieces: Sequence[Piece], base: Rows, num_columns: int) -> Summed:
     placed = [(area_of(piece), change_on(piece, base)) for piece in pieces]
 
     def gathered(start: int, stop: int, parts: Sequence[tuple[Area, Rows]]) -> Tensor:
+        [(first, alone), *more] = parts
+        if not more and first.row <= start and stop <= first.stop and first[2:] == (0, num_columns):
+            return alone(start, stop)
         total = torch.zeros(stop - start, num_columns, dtype=torch.float64)
         for area, rows in parts:
             low, high = max(start, area.row), min(stop, area.stop)
@@ -152,9 +155,13 @@ def _reached(pieces: Sequence[Piece]) -> int:
 def retraced(output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Iterator[dict[str, Traced]]:
     """All weights that the adapters change or hold, by the names that the output has for them.
 
-    The adapters' files are open meanwhile. What an adapter holds whole and nothing changes has no pieces.
+    None where a stage of others merged, which does not tell what it was asked. What an adapter holds whole
+    and nothing changes has no pieces. The adapters' files are open meanwhile.
     """
-    asked = output.merged.asked or Asked()
+    asked = output.merged.asked
+    if asked is None:
+        yield {}
+        return
     total = fsum(part.weight for part in adapter.parts) if asked.normalize else 1.0
     bases = {weight.name: weight for weight in base.weights}
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from pipeline.ground.formulas.module import (
@@ -80,17 +80,19 @@ def experts(module: Module, W: Parameter) -> Change:
     PEFT's version says which way they lie: before 0.19 transposed, 0.19.0 by mistake unless declared
     (in, out), since then if declared so.
     """
-    A, B = module["lora_A"], module["lora_B"]
+    A, B = module.raw("lora_A"), module.raw("lora_B")
     E = W.dims[0] if len(W.dims) == 3 else 1
     rank = len(A) // E
     A = A.view(E, rank, -1)
     B = B.view(len(B), E, rank).transpose(1, 2) if module.expert_major else B.view(len(B), rank, E)
     o, i, (d1, d2) = B.shape[0], A.shape[2], W.dims[-2:]
-    turned = (o, i) != (d1, d2) or (o == i and W.dims[0] == E and len(W.dims) == 3 and _is_turned(module))
+    turned = _is_turned(module) if o == i and len(W.dims) == 3 else (o, i) != (d1, d2)
     scale = scaling(module, rank)
-    whole = [product(rows_of(A[e].T), B[:, :, e].T, scale) for e in range(E)] if turned else [
-        product(rows_of(B[:, :, e]), A[e], scale) for e in range(E)
-    ]  # fmt: skip
+
+    @cache
+    def matrix(e: int) -> Change:
+        left, right = B[:, :, e].double(), A[e].double()
+        return product(rows_of(right.T), left.T, scale) if turned else product(rows_of(left), right, scale)
 
     def rows(start: int, stop: int, sizes: bool) -> Tensor:
         import torch
@@ -98,7 +100,7 @@ def experts(module: Module, W: Parameter) -> Change:
         parts = []
         for e in range(start // d1, -(-stop // d1)):
             low, high = max(start - e * d1, 0), min(stop - e * d1, d1)
-            parts.append((whole[e].size if sizes else whole[e].rows)(low, high))  # type: ignore[misc]
+            parts.append((matrix(e).size if sizes else matrix(e).rows)(low, high))  # type: ignore[misc]
         return torch.cat(parts)
 
     return Change(partial(rows, sizes=False), partial(rows, sizes=True))

@@ -54,21 +54,24 @@ def change_on(piece: Piece, base: Rows) -> Change:
     rows = _turned(lying, shape[1]) if place.turned else lying
     change = piece.formula(piece.module, Parameter(dims, shape, rows, lambda: base(0, 1).dtype))
 
-    def laid(rows: Rows) -> Rows:
+    def laid(rows: Rows, times: float) -> Rows:
         as_it_lies = _turned(rows, shape[0]) if place.turned else rows
 
         def of_weight(start: int, stop: int) -> Tensor:
             low, high = start - area.row, stop - area.row
             begin, end = low // fold, -(-high // fold)
             folded = as_it_lies(first + begin, first + end).reshape(-1, area.end - area.column)
-            return folded[low - begin * fold : high - begin * fold] * piece.times
+            return scaled(folded[low - begin * fold : high - begin * fold], times)
 
         return of_weight
 
-    if change.size is None:
-        return Change(laid(change.rows))
-    sizes = laid(change.size)
-    return Change(laid(change.rows), lambda start, stop: sizes(start, stop).abs_())
+    size = laid(change.size, abs(piece.times)) if change.size else None
+    return Change(laid(change.rows, piece.times), size)
+
+
+def scaled(rows: Tensor, factor: float) -> Tensor:
+    """factor * rows; the rows themselves where that is 1."""
+    return rows if factor == 1 else rows * factor
 
 
 def _turned(rows: Rows, count: int) -> Rows:
