@@ -14,10 +14,10 @@ from pipeline.ground.report import Finding, unique
 from pipeline.heads import is_head, labels, with_heads
 from pipeline.pieces import Merged, Placed
 from pipeline.tying import EMBEDDINGS, HEADS, settle
-from pipeline.weight import Adapter, Asked, Checkpoint, Weight
+from pipeline.weight import Adapter, Checkpoint, Merging, Weight
 
 
-def merged(base: Checkpoint[Weight], adapter: Adapter, asked: Asked, arithmetic: str) -> Checkpoint[Weight]:
+def merged(base: Checkpoint[Weight], adapter: Adapter, asked: Merging, arithmetic: str) -> Checkpoint[Weight]:
     """The checkpoint whose weights are base + factor * delta in `arithmetic`; Refused for a misfit.
 
     Deltas of several adapters are summed with their weights, or combined as asked.
@@ -37,7 +37,7 @@ def merged(base: Checkpoint[Weight], adapter: Adapter, asked: Asked, arithmetic:
         weights=weights,
         config_edits={**base.config_edits, **_vocabulary(bound), **labels(heads)},
         findings=tuple(unique(base.findings, adapter.findings, found)),
-        asked=asked,
+        merging=asked,
     )
 
 

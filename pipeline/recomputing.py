@@ -142,7 +142,7 @@ def _agreement(output: Output, folder: Written, traced: Mapping[str, Traced]) ->
     """Whether merge and second map change the same weights, and hold the same ones whole."""
     planned = {w.name: w for w in output.plan.weights}
     wanted = "the weights that the adapter's keys mean, read a second time"
-    if output.merged.asked is None:
+    if output.merged.merging is None:
         return Gate("retraced", Status.skipped, "the merge stage does not tell what it was asked", wanted)
     beyond = sorted(traced.keys() - planned)
     wrong = [f"{name} is not in the output, but the adapter changes it" for name in beyond]

@@ -158,7 +158,7 @@ def retraced(output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Iter
     None where a stage of others merged, which does not tell what it was asked. What an adapter holds whole
     and nothing changes has no pieces. The adapters' files are open meanwhile.
     """
-    asked = output.merged.asked
+    asked = output.merged.merging
     if asked is None:
         yield {}
         return

@@ -177,7 +177,7 @@ class ShardLayout:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Merging:
     """What a merge was asked to do with the adapters."""
 
     factor: float = 1.0
@@ -201,7 +201,7 @@ class Checkpoint(Generic[W]):
     side_files: tuple[SideFile, ...] = ()
     findings: tuple[Finding, ...] = ()
     left_open: bool = False  # the request does not say which base is meant, this or a quantized one
-    asked: Asked | None = None  # if an adapter was merged into it
+    merging: Merging | None = None  # if an adapter was merged into it
 
 
 @dataclass(frozen=True)

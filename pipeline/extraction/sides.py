@@ -21,7 +21,7 @@ from pipeline.ground.spool import told
 from pipeline.loading import load_checkpoint
 from pipeline.merging import merged
 from pipeline.pieces import FromAdapter, Merged
-from pipeline.weight import Adapter, Asked, Checkpoint, Weight
+from pipeline.weight import Adapter, Checkpoint, Merging, Weight
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sides:
         if self.finetune:
             return dense(load_checkpoint("finetune", self.finetune, download=not self.dry_run))
         adapter = self.adapter()
-        found = merged(self.base, adapter, Asked(renames=self.names), "F32")
+        found = merged(self.base, adapter, Merging(renames=self.names), "F32")
         for weight in found.weights:
             for placed in weight.placed if isinstance(weight, Merged) else ():
                 if placed.delta.replaces and not isinstance(placed.delta, Saved):

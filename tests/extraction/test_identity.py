@@ -27,7 +27,7 @@ from pipeline.loading import load_checkpoint
 from pipeline.merging import merged
 from pipeline.stage import Chosen
 from pipeline.stages.extract.peft import Peft
-from pipeline.weight import Tied
+from pipeline.weight import Merging
 
 found = {}
 for folder in map(Path, sys.argv[1:]):
@@ -35,7 +35,7 @@ for folder in map(Path, sys.argv[1:]):
     weights = dense(load_checkpoint("base_model", str(base)))
     if base != folder:
         adapter = Peft(adapter=(Chosen(str(folder / "adapter")),))()
-        weights = merged(weights, adapter, 1.0, "F32", {}, Tied.auto)
+        weights = merged(weights, adapter, Merging(), "F32")
     found[folder.name] = [key(weight) for weight in weights.weights]
 print(json.dumps(found))
 """

@@ -21,10 +21,12 @@ from pipeline import binding, merging, tying
 from pipeline.binding import Bound
 from pipeline.ground.deltas import lora_family
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf
-from pipeline.ground.report import Rejected, Report
+from pipeline.ground.report import Rejected, Report, Status
+from pipeline.stages.merge import exact
 from tests import kind_cases, lora_cases
 from tests.beside_peft import Case, load_base, quiet, quietly_merged, with_noise, write
 from tests.lora_cases import TIED, gpt2, llama, lora, mixtral
+from tests.models import tensors
 
 FORMS = (
     "linear", "rslora", "bdlora", "dora", "conv1d", "conv1d dora", "embeddings", "embeddings dora",
@@ -279,6 +281,39 @@ def test_embeddings_left_tied_though_one_side_was_trained_are_named(
     monkeypatch.setattr(tying, "_meant_once", lambda *_: True)
     with pytest.raises(Rejected, match=r"retraced: lm_head\.weight is not in the output, but the adapter"):
         merged(tmp_path)
+
+
+def test_modules_that_the_request_renames_are_retraced_under_their_new_names(tmp_path: Path) -> None:
+    written(Case(llama(), lora()), tmp_path)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    held = tensors(path.parent)
+    save_file(
+        {k.replace(".model.layers", ".text.layers"): v for k, v in held.items()}, path, {"format": "pt"}
+    )
+    assert merged(tmp_path, names={"text": "model"}).passed
+
+
+def test_a_head_that_only_the_adapter_has_is_retraced(tmp_path: Path) -> None:
+    """A classifier trained on a language model's files brings its own."""
+    written(Case(llama(), lora()), tmp_path)
+    path, config = (tmp_path / "adapter" / n for n in ("adapter_model.safetensors", "adapter_config.json"))
+    held = tensors(path.parent)
+    held["base_model.model.score.weight"] = torch.randn(3, 32)
+    save_file(held, path, {"format": "pt"})
+    told = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **told}))
+    assert merged(tmp_path).passed
+    assert torch.equal(tensors(tmp_path / "out")["score.weight"], held["base_model.model.score.weight"])
+
+
+def test_a_merge_stage_that_does_not_tell_what_it_was_asked_is_not_retraced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(Case(llama(), lora()), tmp_path)
+    sound = exact.merged
+    monkeypatch.setattr(exact, "merged", lambda *arguments: replace(sound(*arguments), merging=None))
+    report = merged(tmp_path)
+    assert {gate.name: gate.status for gate in report.gates}["retraced"] is Status.skipped
 
 
 COMBINED = {

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from pipeline.ground.formulas.module import Change, Module, Parameter, dense
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pipeline.ground.formulas.module import Change, Module, Parameter, Rows, dense, rows_of
 
 
 def loha(module: Module, W: Parameter) -> Change:
     """(w1_a @ w1_b) * (w2_a @ w2_b) * alpha / r (arXiv:2108.06098); kernels may have cores t1, t2."""
     rank = module.shape("hada_w1_b")[0]
     first, second = (_hada(module, n) for n in "12")
-    return dense(first * second * (module.by_pattern("alpha_pattern", "alpha") / rank))
+    scale = module.by_pattern("alpha_pattern", "alpha") / rank
+    return Change(lambda start, stop: scale * first(start, stop) * second(start, stop))
 
 
-def _hada(module: Module, n: str) -> Tensor:
+def _hada(module: Module, n: str) -> Rows:
     import torch
 
     a, b = module[f"hada_w{n}_a"], module[f"hada_w{n}_b"]
     if f"hada_t{n}" not in module:
-        return a @ b
-    return torch.einsum("ijkl,ip,jr->prkl", module[f"hada_t{n}"], a, b).flatten(1)
+        return lambda start, stop: a[start:stop] @ b
+    return rows_of(torch.einsum("ijkl,ip,jr->prkl", module[f"hada_t{n}"], a, b).flatten(1))
 
 
 def lokr(module: Module, W: Parameter) -> Change:
@@ -40,7 +36,7 @@ def lokr(module: Module, W: Parameter) -> Change:
     if right.ndim == 4:
         left = left[:, :, None, None]
     scale = module.by_pattern("alpha_pattern", "alpha") / module.by_pattern("rank_pattern", "r")
-    return dense(torch.kron(left, right.contiguous()).reshape(W.shape) * scale)
+    return dense(torch.kron(left, right.contiguous()).reshape(W.shape).mul_(scale))
 
 
 def hira(module: Module, W: Parameter) -> Change:

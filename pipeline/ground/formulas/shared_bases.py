@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil, sqrt
 from typing import TYPE_CHECKING
 
-from pipeline.ground.formulas.module import Change, Module, Parameter, dense
+from pipeline.ground.formulas.module import Change, Module, Parameter
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,10 @@ def randlora(module: Module, W: Parameter) -> Change:
     n = ceil(least / rank)
     left = B[:most, :n].reshape(most, n * rank)
     right = (scales.view(rank, n, 1) * A[:, :, :least] * gamma.view(1, n, least)).reshape(rank * n, least)
-    D = left @ right * (module.config["randlora_alpha"] / rank)
-    return dense(D if W.shape[0] >= W.shape[1] else D.T)
+    if W.shape[0] < W.shape[1]:
+        left, right = right.T, left.T
+    scale = module.config["randlora_alpha"] / rank
+    return Change(lambda start, stop: scale * (left[start:stop] @ right))
 
 
 def _drawn_randlora(module: Module) -> tuple[Tensor, Tensor]:

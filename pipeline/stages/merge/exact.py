@@ -8,7 +8,7 @@ from pipeline.ground.combining import Combination
 from pipeline.ground.errors import Refused
 from pipeline.merging import merged
 from pipeline.stage import Merge, stage
-from pipeline.weight import Adapter, Asked, Checkpoint, Weight
+from pipeline.weight import Adapter, Checkpoint, Merging, Weight
 
 
 @stage("exact")
@@ -26,12 +26,12 @@ class Exact(Merge):
             )
 
     def __call__(self, base: Checkpoint[Weight], adapter: Adapter) -> Checkpoint[Weight]:
-        return merged(base, adapter, self.asked, self.merge_dtype.value)
+        return merged(base, adapter, self.merging, self.merge_dtype.value)
 
     @property
-    def asked(self) -> Asked:
+    def merging(self) -> Merging:
         """What of the request says what is added to what."""
-        return Asked(self.weight, False, self.names, self.tied, self.combination)
+        return Merging(self.weight, False, self.names, self.tied, self.combination)
 
     @property
     def combination(self) -> Combination | None:

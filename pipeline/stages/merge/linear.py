@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.stage import stage
 from pipeline.stages.merge.exact import Exact
-from pipeline.weight import Asked
+from pipeline.weight import Merging
 
 
 @stage("linear")
@@ -21,5 +21,5 @@ class Linear(Exact):
     """divide the adapters' weights by their sum"""
 
     @property
-    def asked(self) -> Asked:
-        return replace(super().asked, normalize=self.normalize)
+    def merging(self) -> Merging:
+        return replace(super().merging, normalize=self.normalize)
