@@ -155,7 +155,7 @@ def _reached(pieces: Sequence[Piece]) -> int:
 def retraced(output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Iterator[dict[str, Traced]]:
     """All weights that the adapters change or hold, by the names that the output has for them.
 
-    None where a stage of others merged, which does not tell what it was asked. What an adapter holds whole
+    Empty where a stage of others merged, which does not tell what it was asked. What an adapter holds whole
     and nothing changes has no pieces. The adapters' files are open meanwhile.
     """
     asked = output.merged.merging

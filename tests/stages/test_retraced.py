@@ -154,10 +154,9 @@ def test_modules_exchanged_are_seen_where_arithmetic_is_narrow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(Case(llama(), lora(target_modules=["q_proj", "o_proj"])), tmp_path)
-    for layer in (0, 1):
-        ours = [ATTENTION.replace("0", str(layer)).format(x) for x in "qo"]
-        with_binding(monkeypatch, exchange(*ours))
-        monkeypatch.setattr(binding, "bind", merging.bind)
+    names = [ATTENTION.format(x) for x in "qo"]
+    every = [exchange(*(name.replace(".0.", f".{layer}.") for name in names)) for layer in (0, 1)]
+    with_binding(monkeypatch, lambda bound: [change(bound) for change in every] and None)
     with pytest.raises(Rejected, match=r"retained"):
         merged(tmp_path, merge_dtype="bfloat16")
 

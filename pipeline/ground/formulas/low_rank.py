@@ -16,6 +16,7 @@ from pipeline.ground.formulas.module import (
     product,
     rows_of,
 )
+from pipeline.ground.names import turns_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +109,7 @@ def experts(module: Module, W: Parameter) -> Change:
 
 def _is_turned(module: Module) -> bool:
     """Whether the matrices of a square stack lie as (in, out) beside B @ A."""
-    in_out = module.model_type in ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+    in_out = turns_experts(module.model_type)
     version = [int(n) for n in re.findall(r"\d+", module.config.get("peft_version") or "0.17.0")[:3]]
     if version < [0, 19, 0]:
         return True
