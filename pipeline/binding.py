@@ -139,7 +139,7 @@ def _whole(weight: Weight, delta: Saved) -> FromAdapter | None:
 
 def _saved_first(weight: Weight, placed: list[Placed], bound: Bound) -> list[Placed]:
     """Where a weight is saved and trained besides, the saved one takes the base's place before the rest."""
-    saved = [p.delta for p in placed if isinstance(p.delta, Saved)]
+    saved = [p.delta for p in placed if isinstance(p.delta, Saved) and p.delta.shape == weight.shape]
     if len(saved) != 1 or len(placed) == 1 or placed[0].factor != 1:
         return placed
     bound.whole[weight.name] = FromAdapter(weight.name, weight.shape, weight.dtype, saved[0].entry)

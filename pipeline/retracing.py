@@ -239,10 +239,12 @@ class _Placed:
             else:
                 self._of(name, number).append(piece)
         for piece in own.changes(self.weights):
-            pieces = self._of(piece.place.weight, number)
-            if held := [p for p in pieces if p.is_saved]:  # it was trained on these values
-                self.whole[piece.place.weight] = held[0]
-                pieces.remove(held[0])
+            name = piece.place.weight
+            pieces = self._of(name, number)
+            under = [p for p in pieces if p.is_saved and p.place.dims == self.weights.shapes[name]]
+            if under:  # it was trained on these values
+                self.whole[name] = under[0]
+                pieces.remove(under[0])
             pieces.append(piece)
 
     def _of(self, name: str, number: int) -> list[Piece]:
@@ -253,4 +255,5 @@ def _is_of_its_own(piece: Piece, base: Weight) -> bool:
     """Whether it is no change of the base's: in a size of its own, or no floats."""
     [key] = piece.module.keys.values()
     stored = piece.module.file.get_slice(key).get_dtype()
-    return piece.module.shape("") != base.shape or not {stored, base.dtype} <= DENSE_FLOATS
+    resized = piece.place.dims == base.shape and prod(piece.module.shape("")) != prod(base.shape)
+    return resized or not {stored, base.dtype} <= DENSE_FLOATS

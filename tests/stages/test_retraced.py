@@ -196,6 +196,18 @@ def fused(folder: Path) -> None:
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(told))
 
 
+def test_an_experts_module_held_whole_is_retraced_into_the_weight_that_holds_all(tmp_path: Path) -> None:
+    fused(tmp_path)
+    path, config = (tmp_path / "adapter" / n for n in ("adapter_model.safetensors", "adapter_config.json"))
+    held = tensors(path.parent)
+    module = "base_model.model.model.layers.0.mlp.experts.1.up_proj"
+    own = {name: value for name, value in held.items() if not name.startswith(module)}
+    save_file({**own, f"{module}.weight": torch.randn(8, 6)}, path, {"format": "pt"})
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "modules_to_save": ["1.up_proj"]}))
+    assert merged(tmp_path).passed
+
+
 def test_modules_of_experts_are_retraced_into_the_weight_that_holds_all(tmp_path: Path) -> None:
     fused(tmp_path)
     report = merged(tmp_path)
