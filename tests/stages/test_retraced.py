@@ -394,3 +394,14 @@ def test_the_share_of_each_adapter_is_seen(tmp_path: Path, monkeypatch: pytest.M
             verify="standard",
             verify_settings={"tokens": 0},
         )
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("form", ["nf4", "int8", "fp8-channel"])
+def test_a_fault_is_seen_in_codes_too(
+    form: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(Case(llama(hidden_size=64, intermediate_size=128), lora()), tmp_path)
+    with_fault(monkeypatch, FAULTS[fault])
+    with pytest.raises(Rejected, match=r"rounding: .* too far off|retained"):
+        merged(tmp_path, quantize=form)
