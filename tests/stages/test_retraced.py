@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,12 +48,12 @@ def written(case: Case, folder: Path) -> Path:
     return folder
 
 
-def merged(folder: Path, adapter: Any = None, **settings: Any) -> Report:
+def merged(folder: Path, adapter: Any = None, output: str = "out", **settings: Any) -> Report:
     """The merge, verified but for its logits."""
     report: Report = quietly_merged(
         folder / "base",
         adapter or folder / "adapter",
-        folder / "out",
+        folder / output,
         **{"verify": "standard", "verify_settings": {"tokens": 0}, **settings},
     )
     return report
@@ -340,8 +341,8 @@ COMBINED = {
 def test_a_fault_in_one_of_several_adapters_is_seen(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = written_twice(tmp_path)
-    several = {case / "adapter": 0.7, case / "second": -0.4}
+    written_twice(tmp_path)
+    several = {tmp_path / "adapter": 0.7, tmp_path / "second": -0.4}
     merged(tmp_path, several, method=method, method_settings=COMBINED[method])
     q, o = ATTENTION.format("q"), ATTENTION.format("o")
 
@@ -354,46 +355,27 @@ def test_a_fault_in_one_of_several_adapters_is_seen(
 
     with_binding(monkeypatch, change)
     with pytest.raises(Rejected, match=r"rounding: .* the worst in model\.layers\.0\.self_attn\.[qo]_proj"):
-        quietly_merged(
-            tmp_path / "base",
-            several,
-            tmp_path / "faulty",
-            method=method,
-            method_settings=COMBINED[method],
-            verify="standard",
-            verify_settings={"tokens": 0},
-        )
+        merged(tmp_path, several, "faulty", method=method, method_settings=COMBINED[method])
 
 
-def written_twice(folder: Path) -> Path:
+def written_twice(folder: Path) -> None:
     """Two adapters on one base."""
     case = Case(llama(), lora())
     written(case, folder)
     with quiet():
-        from peft import get_peft_model
-
         tuned = get_peft_model(load_base(case, folder / "base", torch.float32), lora(r=2)())
         with_noise(tuned, seed=2).save_pretrained(folder / "second")
-    return folder
 
 
 def test_the_share_of_each_adapter_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """normalize=true divides by the sum of the weights."""
-    case = written_twice(tmp_path)
-    several = {case / "adapter": 3.0, case / "second": 1.0}
+    written_twice(tmp_path)
+    several = {tmp_path / "adapter": 3.0, tmp_path / "second": 1.0}
     told = {"normalize": True}
     assert merged(tmp_path, several, method="linear", method_settings=told).passed
     monkeypatch.setattr(merging, "normalized", lambda adapter: adapter)
     with pytest.raises(Rejected, match=r"rounding"):
-        quietly_merged(
-            tmp_path / "base",
-            several,
-            tmp_path / "faulty",
-            method="linear",
-            method_settings=told,
-            verify="standard",
-            verify_settings={"tokens": 0},
-        )
+        merged(tmp_path, several, "faulty", method="linear", method_settings=told)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
