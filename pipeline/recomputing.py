@@ -17,7 +17,7 @@ from pipeline.ground.report import Action, Gate, PlannedWeight, Status
 from pipeline.ground.rounding import Rounding, round_to
 from pipeline.ground.written import Standard, Written, standard_of
 from pipeline.pieces import FromAdapter, Merged
-from pipeline.retracing import Traced, retraced
+from pipeline.retracing import Retraced, Traced, retraced
 from pipeline.stream import num_workers
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
@@ -97,7 +97,8 @@ def recompute(
     planned = {w.name: w for w in output.plan.weights}
     title = f"recomputing {'every row' if every else 'samples'}"
     with ExitStack() as opened, plain_arithmetic():
-        traced = opened.enter_context(retraced(output, base, adapter))
+        anew = opened.enter_context(retraced(output, base, adapter))
+        traced = anew.weights
         merged = [w for w in output.merged.weights if isinstance(w, Merged) and _is_traced(w, traced)]
         bar = opened.enter_context(Progress(title, sum(planned[w.name].num_bytes for w in merged)))
 
@@ -111,7 +112,7 @@ def recompute(
         for weight, facts in done:
             found[weight.name] = facts
             bar.advance(planned[weight.name].num_bytes)
-        return _agreement(output, folder, traced), found
+        return _agreement(output, folder, anew), found
 
 
 def _facts(
@@ -138,14 +139,15 @@ def _is_traced(weight: Weight, traced: Mapping[str, Traced]) -> bool:
     return own is not None and bool(own.pieces) and own.shape == weight.shape
 
 
-def _agreement(output: Output, folder: Written, traced: Mapping[str, Traced]) -> Gate:
+def _agreement(output: Output, folder: Written, anew: Retraced) -> Gate:
     """Whether merge and second map change the same weights, and hold the same ones whole."""
     planned = {w.name: w for w in output.plan.weights}
     wanted = "the weights that the adapter's keys mean, read a second time"
     if output.merged.merging is None:
         return Gate("retraced", Status.skipped, "the merge stage does not tell what it was asked", wanted)
-    beyond = sorted(traced.keys() - planned)
-    wrong = [f"{name} is not in the output, but the adapter changes it" for name in beyond]
+    traced, beyond = anew.weights, sorted(anew.weights.keys() - planned)
+    wrong = [f"no weight answers to the adapter's {module}" for module in anew.homeless]
+    wrong += [f"{name} is not in the output, but the adapter changes it" for name in beyond]
     for weight in output.merged.weights:
         own = traced.get(weight.name)
         changed, held = isinstance(weight, Merged), isinstance(weight, FromAdapter)
@@ -165,7 +167,7 @@ def _agreement(output: Output, folder: Written, traced: Mapping[str, Traced]) ->
                 if not all(_is_converted(there, rows(start, stop), start) for start, stop in ranges):
                     wrong.append(f"{weight.name} is not what the adapter holds")
     if wrong:
-        return Gate("retraced", Status.failed, f"{wrong[0]} ({len(wrong)} weights)", wanted)
+        return Gate("retraced", Status.failed, f"{wrong[0]} ({len(wrong)} in all)", wanted)
     return Gate("retraced", Status.passed, f"{len(traced)} weights", wanted)
 
 

@@ -97,6 +97,17 @@ class Traced:
         ]
 
 
+@dataclass(frozen=True)
+class Retraced:
+    """What the adapters' files come to: weights by the output's names, and modules without a weight.
+
+    What an adapter holds whole and nothing changes has no pieces.
+    """
+
+    weights: Mapping[str, Traced]
+    homeless: Sequence[str]
+
+
 def rows_of(weight: Weight, tiles: Tiles) -> Rows:
     """Any rows of a weight, by tiles that begin where it can be cut."""
     grain = weight.grain
@@ -152,15 +163,14 @@ def _reached(pieces: Sequence[Piece]) -> int:
 
 
 @contextmanager
-def retraced(output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Iterator[dict[str, Traced]]:
-    """All weights that the adapters change or hold, by the names that the output has for them.
+def retraced(output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Iterator[Retraced]:
+    """All weights that the adapters change or hold; their files are open meanwhile.
 
-    Empty where a stage of others merged, which does not tell what it was asked. What an adapter holds whole
-    and nothing changes has no pieces. The adapters' files are open meanwhile.
+    None where a stage of others merged, which does not tell what it was asked.
     """
     asked = output.merged.merging
     if asked is None:
-        yield {}
+        yield Retraced({}, [])
         return
     total = fsum(part.weight for part in adapter.parts) if asked.normalize else 1.0
     bases = {weight.name: weight for weight in base.weights}
@@ -173,7 +183,7 @@ def retraced(output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Iter
         for number, own in files:
             placed.add(number, own, bases)
         factors = {n: asked.factor * part.weight / total for n, part in enumerate(adapter.parts)}
-        yield {
+        weights = {
             name: Traced(
                 name,
                 shapes[name],
@@ -184,6 +194,7 @@ def retraced(output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Iter
             )
             for name in {**placed.whole, **placed.pieces}
         }
+        yield Retraced(weights, placed.homeless)
 
 
 def _opened(part: Part, model_type: str | None, stack: ExitStack) -> Iterator[Opened]:
@@ -228,6 +239,7 @@ class _Placed:
     weights: Weights
     whole: dict[str, Piece] = field(default_factory=dict)
     pieces: dict[str, dict[int, list[Piece]]] = field(default_factory=dict)
+    homeless: list[str] = field(default_factory=list)
 
     def add(self, number: int, own: Opened, bases: Mapping[str, Weight]) -> None:
         """All of one adapter: first what it holds, whose sizes the rest is made for."""
@@ -238,7 +250,9 @@ class _Placed:
                 self.weights.shapes[name] = piece.module.shape("")
             else:
                 self._of(name, number).append(piece)
-        for piece in own.changes(self.weights):
+        changes, homeless = own.changes(self.weights)
+        self.homeless += homeless
+        for piece in changes:
             name = piece.place.weight
             pieces = self._of(name, number)
             under = [p for p in pieces if p.is_saved and p.place.dims == self.weights.shapes[name]]

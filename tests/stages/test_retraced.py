@@ -242,6 +242,17 @@ def test_a_weight_that_the_binding_forgets_is_named(tmp_path: Path, monkeypatch:
         merged(tmp_path)
 
 
+def test_a_module_that_is_dropped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(Case(llama(), lora(target_modules=["q_proj", "o_proj"])), tmp_path)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    held = {key.replace("1.self_attn.q", "1.attn.q"): value for key, value in tensors(path.parent).items()}
+    save_file(held, path, {"format": "pt"})
+    monkeypatch.setattr(merging, "promises", lambda *_: ())
+    with_binding(monkeypatch, lambda bound: bound.homeless.clear())
+    with pytest.raises(Rejected, match=r"retraced: no weight answers to the adapter's .*1\.attn\.q_proj"):
+        merged(tmp_path)
+
+
 def test_a_weight_that_nothing_of_the_adapter_means_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +275,7 @@ def test_a_module_held_whole_that_is_forgotten_or_another_is_named(
         bound.whole[embeddings] = replace(whole, name=embeddings)
 
     with_binding(monkeypatch, change)
-    with pytest.raises(Rejected, match=r"retraced: .* is not what the adapter holds \(2 weights\)"):
+    with pytest.raises(Rejected, match=r"retraced: .* is not what the adapter holds \(2 in all\)"):
         merged(tmp_path)
 
 

@@ -68,13 +68,14 @@ class Adapter:
                 for place in weights.find(one.module, one.parameter) or [own]:
                     yield self._piece(one, place)
 
-    def changes(self, weights: Weights) -> Iterator[Piece]:
-        """All else; nothing of what has no place."""
-        found = [places for one in self.trained if not one.is_saved for places in self._places(one, weights)]
+    def changes(self, weights: Weights) -> tuple[list[Piece], list[str]]:
+        """All else, and the modules that no weight answers to; IA3 scales a bias only where there is one."""
+        every = [(one, [*self._places(one, weights)]) for one in self.trained if not one.is_saved]
+        found = [pair for _, pairs in every for pair in pairs]
         matrices = [p.matrix[::-1] if p.turned else p.matrix for one, p in found if one.parameter == "weight"]
         largest = (max(m[0] for m in matrices), max(m[1] for m in matrices)) if matrices else (0, 0)
-        for one, place in found:
-            yield self._piece(one, place, largest)
+        homeless = [one.module for one, pairs in every if not pairs and one.formula is not values.ia3]
+        return [self._piece(one, place, largest) for one, place in found], homeless
 
     def _piece(self, one: Trained, place: Place, largest: tuple[int, int] = (0, 0)) -> Piece:
         module = Module(

@@ -62,7 +62,9 @@ def merged(base: Mapping[str, Tensor], folder: Path, model_type: str | None) -> 
             found[piece.place.weight] = piece.module[""]
             weights.shapes[piece.place.weight] = piece.module.shape("")
         before = {name: value.clone().reshape(-1, *value.shape[-1:]) for name, value in found.items()}
-        for piece in adapter.changes(weights):
+        changes, homeless = adapter.changes(weights)
+        assert not homeless
+        for piece in changes:
             area, W = area_of(piece), before[piece.place.weight]
             change = change_on(piece, lambda start, stop, W=W: W[start:stop])  # type: ignore[misc]
             into = found[piece.place.weight].view(W.shape)
