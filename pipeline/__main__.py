@@ -19,6 +19,7 @@ from pipeline.arguments import is_sweep, prepared, quoted
 from pipeline.ground.manifest import own_version
 from pipeline.ground.paths import bundled
 from pipeline.help import text
+from pipeline.refusing import check_grammar
 from pipeline.sweep import finish, near_enough, overrides, recorded
 from pipeline.telling import failed, first_line, is_known, tell
 
@@ -39,6 +40,7 @@ def main() -> int:
         compose.register()
         recipe_source.register()
         ready = prepared(_with_axes(arguments))
+        check_grammar(ready)
         return _sweep(ready) if is_sweep(ready) else _run(ready)
     except KeyboardInterrupt:
         tell("interrupted")

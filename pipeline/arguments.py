@@ -17,7 +17,10 @@ _PATH_KEYS = (
     "recipe",
     "verify.text",
     "extract.initial",
+    "extract.calibration",
 )
+_TEXT_KEYS = ("verify.prompts",)
+_MODULE_KEYS = ("targeted_modules", "saved_modules")
 OWN_REPORTS = "report: every run of a sweep writes its own report.json; leave report= out"
 _FLAGS = re.compile(  # Hydra's own
     r"-m|--multirun|-c|--cfg|-p|--package|--resolve|--run|-r|--info|-i|--hydra-help|--shell-completion|-sc|"
@@ -65,15 +68,20 @@ def _prepared(argument: str, sweeps: bool) -> str:
         return argument  # Hydra's way to delete a key, which it refuses by name
     if not equals or not key:
         raise Refused(f"'{argument}' is not KEY=VALUE")
-    if key not in _PATH_KEYS or (value[:1] in "'\"[{" and value) or value.startswith("${"):
-        return argument
-    if not value or value == "null":
+    if not _is_text(key, value) or value[:1] in "'\"[{" or value.startswith("${") or value == "null":
         return argument
     if key in ("output", "report"):
         expanded(key, value)
     if sweeps and "," in value and not os.path.lexists(os.path.expanduser(value)):  # noqa: PTH111
         return argument  # several values
     return f"{key}={quoted(recipe_path(value) if key == 'recipe' else value)}"
+
+
+def _is_text(key: str, value: str) -> bool:
+    """Whether a value is a path, words or a regular expression: nothing that has a grammar of Hydra's."""
+    return bool(value) and (
+        key in (*_PATH_KEYS, *_TEXT_KEYS) or (key in _MODULE_KEYS and value.startswith("re:"))
+    )
 
 
 def expanded(key: str, value: str) -> Path:

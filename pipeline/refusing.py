@@ -32,6 +32,26 @@ def understood(error: Exception, given: Callable[[str], str]) -> PipelineError |
     return None
 
 
+def check_grammar(arguments: Iterable[str]) -> None:
+    """Refused, all of it at once, for what Hydra cannot read, which names neither the key nor the value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser, wrong = OverridesParser.create(), []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key.startswith("-"):
+            continue
+        try:
+            parser.parse_override(argument)
+        except HydraException:
+            wrong.append(
+                f"{key}: {value} cannot be read; close what is open, and put text into quotes that the shell "
+                f"leaves, as {key}='\"...\"' or, in a list, {key}='[\"...\"]'"
+            )
+    if wrong:
+        raise Refused(*wrong)
+
+
 def no_choice(key: str, value: str) -> Refused:
     """For a recipe, or a stage of a slot, that cannot be a name."""
     choices: Iterable[str] = recipe_source.names() if key == "recipe" else compose.offered(key)

@@ -26,6 +26,8 @@ def sentence(
         if slot == "recipe":
             return f"recipe: no recipe '{name}'{nearest(name, recipes)}; there are {_listed(recipes)}"
         return f"{slot}: no stage '{name}'; choose {_listed(stages.get(slot, ()))}"
+    if found := re.search(r"Ambiguous value for argument '([^'=]*)=(.*?)'\n", text):
+        return f"{found[1]}: {found[2]} are several values; add -m for a run with each, or write a [list]"
     key = _key(text)
     if found := re.search(r"Key '([^']*)' (?:is )?not in '?\w+'?", text):
         return _unknown(key or found[1], keys)

@@ -435,6 +435,48 @@ def test_no_character_of_a_path_is_grammar(tmp_path: Path, odd: str) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {odd, "a", "o"}
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "targeted_modules=re:.*(self_attn|mlp)[.](q|k|v|o|gate|up|down)_proj",
+        "targeted_modules='re:.*(self_attn|mlp).*'",
+        "targeted_modules=[self_attn,mlp]",
+        "verify.prompts=Who, if not you (it's = me): why?",
+        "verify.prompts=[One?,Two?]",
+    ],
+)
+def test_no_character_of_a_text_or_pattern_is_grammar(here: Path, argument: str) -> None:
+    said = answer(*ARGUMENTS, argument, "dry_run=true", cwd=here)
+    assert said.status == 0, said
+
+
+def test_the_file_of_a_text_may_be_called_anything(here: Path) -> None:
+    sentence = refusal(
+        here,
+        "recipe=extract",
+        "base_model=base",
+        "finetune=base",
+        "output=out",
+        "extract.calibration=a (b).txt",
+    )
+    assert sentence.startswith("extract.calibration: 'a (b).txt' cannot be read as text")
+
+
+def test_what_cannot_be_read_is_told_by_its_key_all_at_once(here: Path) -> None:
+    sentences = refused(here, *ARGUMENTS, "rank={energy: .9", "save.dtype=(", "targeted_modules=[re:(q|v)]")
+    assert [s.partition(" cannot be read; close what is open")[0] for s in sentences] == [
+        "rank: {energy: .9",
+        "save.dtype: (",
+        "targeted_modules: [re:(q|v)]",
+    ]
+
+
+def test_several_values_without_a_sweep_are_told_as_such(here: Path) -> None:
+    assert refusal(here, *ARGUMENTS, "save.dtype=bfloat16,float16") == (
+        "save.dtype: bfloat16,float16 are several values; add -m for a run with each, or write a [list]"
+    )
+
+
 @pytest.mark.parametrize("odd", ["~tilde", "[list]", "{table}", "'quoted'", '"quoted"', "${x}"])
 def test_a_path_that_begins_like_grammar_is_a_path_after_a_dot(tmp_path: Path, odd: str) -> None:
     write_base(tmp_path / odd)
