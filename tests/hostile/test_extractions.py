@@ -304,6 +304,7 @@ def test_what_is_no_rank_is_refused_with_the_choices(tmp_path: Path, rank: str) 
         ("rank={size: 319}", "rank: a budget of 319 leaves nothing for any module; give a larger one"),
         ("max_rank=0", "max_rank: 0 is not a whole number of at least 1"),
         ("multiple_of=0", "multiple_of: 0 is not a whole number of at least 1"),
+        (["max_rank=6", "multiple_of=4"], "max_rank: 6 is not a multiple_of 4"),
         ("multiple_of=1.5", "multiple_of: '1.5' is not a whole number"),
         ("alpha=0", "alpha: 0.0 is not a number above 0"),
         ("alpha=nan", "alpha: nan is not a number above 0"),
@@ -316,12 +317,12 @@ def test_what_is_no_rank_is_refused_with_the_choices(tmp_path: Path, rank: str) 
     ],
 )
 def test_settings_that_cannot_be_met_are_refused_by_their_key(
-    tmp_path: Path, setting: str, sentence: str
+    tmp_path: Path, setting: str | list[str], sentence: str
 ) -> None:
     write(tmp_path)
-    assert refusal(tmp_path, *EXTRACT, *(["rank=4"] if "rank=" not in setting else []), setting).startswith(
-        sentence
-    )
+    settings = [setting] if isinstance(setting, str) else setting
+    rank = ["rank=4"] if not any(s.startswith("rank=") for s in settings) else []
+    assert refusal(tmp_path, *EXTRACT, *rank, *settings).startswith(sentence)
 
 
 def test_a_budget_that_saved_modules_use_up_says_so(tmp_path: Path) -> None:

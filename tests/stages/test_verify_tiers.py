@@ -272,6 +272,21 @@ def test_settings_that_mean_nothing_are_refused(made: Made) -> None:
             verify(made, made[2], prompts=prompts)
 
 
+@pytest.mark.parametrize("name", ["max_ratio", "max_kl", "max_kl_p999", "max_rms", "max_outerr"])
+@pytest.mark.parametrize("limit", [-0.1, float("nan")])
+def test_a_limit_that_nothing_can_keep_is_refused_before_a_model_is_merged(
+    made: Made, name: str, limit: float
+) -> None:
+    with pytest.raises(Refused, match=rf"verify.{name}: .* is not a number of at least 0"):
+        verify(made, made[2], **{name: limit})
+
+
+@pytest.mark.parametrize("share", [99.5, -0.1, float("nan")])
+def test_a_share_in_percent_is_refused_before_a_model_is_merged(made: Made, share: float) -> None:
+    with pytest.raises(Refused, match=r"verify.min_top1: .* is not a share; write 0.995 for 99.5 %"):
+        verify(made, made[2], min_top1=share)
+
+
 # Stacked experts
 
 

@@ -95,6 +95,8 @@ class Svd(Extract):
             raise Refused("rank: is not set; give a number, auto, {energy: 0.95} or {parameters: 40M}")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise Refused(f"alpha: {self.alpha} is not a number above 0")
+        if self.max_rank is not None and self.max_rank % self.multiple_of:
+            raise Refused(f"max_rank: {self.max_rank} is not a multiple_of {self.multiple_of}")
         check_for(
             self.engine,
             ranks=[self.rank, *self.rank_pattern.values()],

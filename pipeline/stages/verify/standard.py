@@ -56,6 +56,10 @@ class Standard(Verify):
         check_device(self.device)
         if self.tokens < 0:
             raise Refused(f"verify.tokens: {self.tokens} is not a number of tokens; 0 compares no logits")
+        for name in ("max_ratio", "max_kl", "max_kl_p999", "max_rms"):
+            at_least_0(name, getattr(self, name))
+        if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
+            raise Refused(f"verify.min_top1: {self.min_top1:g} is not a share; write 0.995 for 99.5 %")
         if self.text is not None:
             read_text(self.text)
         read_prompts(self.prompts)
@@ -117,6 +121,12 @@ class Standard(Verify):
         if idle := unchanged_experts(facts):
             return replace(gate, status=Status.failed, seen=f"{gate.seen}; {idle}")
         return gate
+
+
+def at_least_0(name: str, limit: float | None) -> None:
+    """Refused for a largest distance that none can keep."""
+    if limit is not None and not limit >= 0:
+        raise Refused(f"verify.{name}: {limit:g} is not a number of at least 0")
 
 
 def look_at_files(seen: Seen) -> None:

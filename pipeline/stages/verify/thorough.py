@@ -9,7 +9,7 @@ from pipeline.answering import Asked
 from pipeline.ground.errors import Refused
 from pipeline.probing import Probing
 from pipeline.stage import stage
-from pipeline.stages.verify.standard import Standard, look_at_files
+from pipeline.stages.verify.standard import Standard, at_least_0, look_at_files
 from pipeline.tiers import Seen, Tier
 
 PROMPTS = ("What is photosynthesis?", "Write a short letter to a friend.", "def fibonacci(n):")
@@ -29,6 +29,7 @@ class Thorough(Standard):
 
     def check(self) -> None:
         super().check()
+        at_least_0("max_outerr", self.max_outerr)
         if self.probes < 0 or self.probes == 1:
             raise Refused(f"verify.probes: {self.probes} is too few for an interval; 0 leaves them out")
 
