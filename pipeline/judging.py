@@ -108,9 +108,11 @@ def _holds_more(f: Facts, most: float) -> bool:
 
 
 def _remedy(output: Output) -> str:
-    """What would keep more of the deltas."""
+    """What would keep more of the deltas, as far as it is this run's to say."""
     if any(weight.codes for weight in output.plan.weights):
         return "; 16 bits keep it, verify.min_retained says with how little the run may pass"
+    if not output.statistics:
+        return ""
     return "; save.dtype=float16 or float32 rounds less, save.rounding=auto keeps it on average"
 
 

@@ -100,12 +100,16 @@ def _touched(some: list[Reading], others: list[Reading]) -> str:
 def _other_base(some: list[Reading], merged: list[Reading], others: list[Reading]) -> tuple[Cause, str]:
     size = sorted(r.factor for r in some)[len(some) // 2]
     off = [r for r in others if r.cause is Cause.touched]
+    left = "what is left when the delta is taken away differs from this base by "
+    left += f"{size:.2g} of its size in {_share(some, merged)}"
+    if len(some) > len(merged) / 2 and others and not off:
+        return Cause.other_base, (
+            "another adapter was merged, or this one into another form of the base, quantized perhaps: "
+            f"{left}, though all {len(others)} weights that no delta touches are this base's"
+        )
     if len(some) > len(merged) / 2 or (off and len(off) > len(others) / 2):
         also = f", and so do {len(off)} of {len(others)} weights that no delta touches" if off else ""
-        words = (
-            "the adapter was added to another base: what is left when the delta is taken away differs from "
-        )
-        return Cause.other_base, f"{words}this base by {size:.2g} of its size in {_share(some, merged)}{also}"
+        return Cause.other_base, f"the adapter was added to another base: {left}{also}"
     return Cause.unknown, _plain(Cause.unknown, some, merged)
 
 

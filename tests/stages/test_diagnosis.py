@@ -94,6 +94,19 @@ def another_base(state: State, base: State, deltas: State) -> None:
         state[name] = (state[name].float() * (1 + 0.05 * torch.randn(state[name].shape))).bfloat16()
 
 
+def another_adapter(state: State, base: State, deltas: State) -> None:
+    torch.manual_seed(5)
+    for name, D in deltas.items():
+        other = torch.randn(D.shape[0], RANK) @ torch.randn(RANK, D.shape[1])
+        state[name] = (base[name].float() + other * (D.norm() / other.norm())).bfloat16()
+
+
+def eight_bit_base(state: State, base: State, deltas: State) -> None:
+    for name, D in deltas.items():
+        step = base[name].float().abs().amax(1, keepdim=True) / 127
+        state[name] = ((base[name].float() / step).round() * step + D).bfloat16()
+
+
 def four_bit_base(state: State, base: State, deltas: State) -> None:
     for name, D in deltas.items():
         state[name] = (nf4(base[name].double()).float() + D).bfloat16()
@@ -180,6 +193,8 @@ BROKEN: dict[str, tuple[Callable[[Path, State, State], None], str]] = {
     "too small by the root of the rank": (scaled(RANK**-0.5), "too small by sqrt(rank)"),
     "half of it": (scaled(0.5), "holds 0.5 times the delta: a scale or weight that the recipe does not name"),
     "added to another base": (changed(another_base), "added to another base"),
+    "another adapter": (changed(another_adapter), "another adapter was merged, or this one into another"),
+    "added to an 8-bit base": (changed(eight_bit_base), "7 weights that no delta touches are this base's"),
     "added to the 4-bit base": (changed(four_bit_base), "added to the base's 4-bit (NF4) form"),
     "quantized afterwards": (changed(quantized_after), "quantized to 4 bits after the merge"),
     "rounded twice": (changed(rounded_twice), "the delta was rounded to BF16 before it was added"),
@@ -220,6 +235,7 @@ def test_a_broken_merge_is_named_by_its_cause(made: Made, tmp_path: Path, name: 
     told = causes(base, adapter, folder, tmp_path / "report.json")
     assert said in told
     assert "no known cause" not in told
+    assert "save.rounding" not in told  # which whoever has not made the merge cannot set
 
 
 def test_a_cause_that_nothing_explains_is_said_to_be_unknown(made: Made, tmp_path: Path) -> None:
