@@ -10,7 +10,7 @@ from pipeline.ground.deltas.delta import UNKNOWN, Delta
 from pipeline.ground.deltas.experts import Experts, settled
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.dtypes import DENSE_FLOATS
-from pipeline.ground.errors import Refused
+from pipeline.ground.errors import Refused, each_once
 from pipeline.ground.module_names import Names, Site
 from pipeline.ground.names import is_conv1d, is_conv1d_layer, nearest
 from pipeline.pieces import FromAdapter, Placed
@@ -70,7 +70,7 @@ def bind(base: Checkpoint[Weight], adapter: Adapter, factor: float, renames: Map
                 f"adapter: one holds {min(twice)} whole and another changes it, whose order would matter"
             )
     if wrong:
-        raise Refused(*wrong)
+        raise Refused(*each_once(wrong))
     return together
 
 

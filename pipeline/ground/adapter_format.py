@@ -21,7 +21,7 @@ from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.deltas.lora_family import changed_base, is_convertible
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.entries import same_values
-from pipeline.ground.errors import Refused
+from pipeline.ground.errors import Refused, each_once
 from pipeline.ground.report import Finding
 from pipeline.ground.shards import Entry, Shard, read_shard
 from pipeline.ground.tables import read_table
@@ -30,7 +30,6 @@ from pipeline.ground.target_rules import is_all_linear, targeting, wrong_fields
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_FEW = 8  # sentences of one kind that are all told
 
 # Fields of every kind: what they name is checked against the tensors, or says nothing of them.
 _COMMON = frozenset(
@@ -238,19 +237,10 @@ def _deltas(
             f"{shard.file.path}: '{e.name}' is used by no module" for e in shard.entries if e.name not in used
         ]
     if wrong:
-        raise Refused(*_each_once(wrong))
+        raise Refused(*each_once(wrong))
     if not deltas:
         raise Refused(f"{shard.file.path}: holds no tensors of {kind.peft_type}")
     return tuple(deltas), tuple(_findings(renamed, unused))
-
-
-def _each_once(sentences: list[str]) -> Iterable[str]:
-    """Sentences that differ in nothing but the names they quote, told of the first where there are many."""
-    alike: dict[str, list[str]] = {}
-    for sentence in sentences:
-        alike.setdefault(re.sub("'[^']*'", "''", sentence), []).append(sentence)
-    for same in alike.values():
-        yield from same if len(same) <= _FEW else [f"{same[0]} ({len(same)} of this kind)"]
 
 
 def _findings(renamed: list[str], unused: list[str]) -> Iterable[Finding]:

@@ -1,6 +1,10 @@
 """What the user reads when a run cannot go on. Everything else that escapes is a fault of ours."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+
+_FEW = 8  # sentences of one kind that are all told
+_NAMES = re.compile(r"'[^']*'|\[[^\]]*\]|[\w-]+(\.[\w-]+)+")  # in quotes, of weights; and shapes
 
 
 class PipelineError(Exception):
@@ -22,3 +26,12 @@ class Refused(PipelineError):  # noqa: N818  it reads like what happened
     def together(cls, refusals: Iterable["Refused"]) -> "Refused":
         """One refusal that says all that these say, each sentence once."""
         return cls(*dict.fromkeys(s for refusal in refusals for s in refusal.sentences))
+
+
+def each_once(sentences: Iterable[str]) -> Iterator[str]:
+    """Sentences that differ in nothing but names and shapes, told of the first where there are many."""
+    alike: dict[str, list[str]] = {}
+    for sentence in sentences:
+        alike.setdefault(_NAMES.sub("", sentence), []).append(sentence)
+    for same in alike.values():
+        yield from same if len(same) <= _FEW else [f"{same[0]} ({len(same)} of this kind)"]

@@ -554,6 +554,17 @@ def test_an_adapter_made_for_other_shapes_is_refused(here: Path) -> None:
     assert wanted in sentences
 
 
+def test_an_adapter_of_a_model_of_another_size_is_told_once(here: Path) -> None:
+    shapes = linear_shapes(hidden=64)
+    leaves = sorted({module.rpartition(".")[2] for module in shapes})
+    write_adapter(
+        here / "adapter", adapter_tensors(shapes, shapes=shapes), lora_config(target_modules=leaves)
+    )
+    sentence = refusal(here, *UNPROVED)
+    assert f"{Q_PROJ}' was made for a weight [64, 64], but {Q_PROJ}.weight is [32, 32]" in sentence
+    assert sentence.endswith(f" ({len(shapes)} of this kind)")
+
+
 def test_a_module_that_matches_no_weight_is_refused(here: Path) -> None:
     write_adapter(here / "adapter", adapter_tensors(shapes=linear_shapes(layers=3)))
     sentence = refusal(here, *UNPROVED)

@@ -474,6 +474,22 @@ def test_what_no_decoder_has_used_is_refused_with_its_list(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_corruption_of_every_layer_is_told_once(shared: Path, tmp_path: Path) -> None:
+    """What bitsandbytes packs for a CPU with AVX512 and saves: the scales of all layers in bfloat16."""
+    base = write_bitsandbytes(tmp_path / "base", shared / "dense", BNB["nf4"])
+    path = base.folder / "model.safetensors"
+    held = tensors(base.folder)
+    save_file(
+        {n: t.bfloat16() if n.endswith(".absmax") else t for n, t in held.items()}, path, {"format": "pt"}
+    )
+    with pytest.raises(Refused) as refused:
+        pipeline(base.folder, shared / "adapter", tmp_path / "out").plan()
+    [sentence] = refused.value.sentences
+    assert "absmax" in sentence
+    assert sentence.endswith("(14 of this kind)")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["GPTQ", "AWQ gemm", "HQQ", "int4 packed"])
 def test_the_memory_of_a_plan_counts_what_a_decoder_holds(shared: Path, tmp_path: Path, name: str) -> None:
     base = coded(shared, name, tmp_path)

@@ -19,7 +19,7 @@ from pipeline.ground.codes import (
     torchao,
 )
 from pipeline.ground.codes.code import Finder, Found, Quantization
-from pipeline.ground.errors import Refused
+from pipeline.ground.errors import Refused, each_once
 from pipeline.ground.shards import Entry
 
 FINDERS: tuple[Finder, ...] = (
@@ -83,5 +83,5 @@ def detect(
             f"({len(left)} such tensors; quant_method {quantization.config.get('quant_method')!r})"
         )
     if wrong:
-        raise Refused(*wrong)
+        raise Refused(*each_once(wrong))
     return found, rest, dropped
