@@ -4,49 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.dequantizing import dense
 from pipeline.ground.deferred import tensors
 from pipeline.ground.dtypes import INTEGERS, config_name
 from pipeline.ground.model_config import ConfigFile, edited
+from pipeline.ground.predicting import Load
 from pipeline.ground.unread import Stream, Unread
 from pipeline.loading import load_safetensors
+from pipeline.same_base import with_room
 from pipeline.weight import Checkpoint, Output, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Layerwise(Enum):
-    """When models are run one layer at a time."""
+@dataclass(frozen=True)
+class Deferred:
+    """How to get them, in float32, with weights that come from the stream."""
 
-    auto = "auto"
-    always = "always"
-    never = "never"
+    stream: Stream
 
+    def base(self, base: Checkpoint[Weight], merged: Checkpoint[Weight]) -> Load:
+        """From its files, with the room for new tokens that the merge makes."""
+        edits = merged.config_edits
+        whole = all(weight.source is not None for weight in base.weights)
+        labels = {"num_labels": len(edits["id2label"])} if whole and "id2label" in edits else {}
+        return lambda cls: with_room(_loaded(cls, base, self.stream, labels), merged)
 
-def deferred_base(
-    base: Checkpoint[Weight], merged: Checkpoint[Weight], stream: Stream
-) -> Callable[[type], Any]:
-    """How to get the base in float32, with room for new tokens."""
-    edits = merged.config_edits
-    whole = all(weight.source is not None for weight in base.weights)
-    labels = {"num_labels": len(edits["id2label"])} if whole and "id2label" in edits else {}
-
-    def load(cls: Any) -> Any:
-        model = _loaded(cls, base, stream, labels)
-        if vocabulary := edits.get("vocab_size"):
-            model.resize_token_embeddings(vocabulary, mean_resizing=False)
-        return model
-
-    return load
-
-
-def deferred_folder(output: Output, stream: Stream) -> Callable[[type], Any]:
-    """How to get what stands in the output's folder, in float32."""
-    return lambda cls: _loaded(cls, dense(load_safetensors("output", str(output.folder))), stream, {})
+    def folder(self, output: Output) -> Load:
+        """What stands in the output's folder."""
+        return lambda cls: _loaded(
+            cls, dense(load_safetensors("output", str(output.folder))), self.stream, {}
+        )
 
 
 def _loaded(cls: Any, checkpoint: Checkpoint[Weight], stream: Stream, labels: Mapping[str, Any]) -> Any:

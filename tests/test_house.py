@@ -36,6 +36,7 @@ CONTRACT = {
     "answering",
     "binding",
     "combined",
+    "comparing",
     "contents",
     "deferring",
     "dequantizing",
@@ -63,6 +64,7 @@ CONTRACT = {
     "tying",
     "untouched",
     "weight",
+    "whole",
 }
 FLOORS = ["ground", "contract", "stages", "door"]  # from below
 HEAVY = {"torch", "transformers", "peft", "gguf", "tokenizers", "matplotlib"}

@@ -75,6 +75,7 @@ def make() -> None:
     run("verify", **MERGE, output="elsewhere", report="broken.json", **FILES)
     tuned = {"base_model": "base", "finetune": "merged", "rank": 4}
     run("extract", **tuned, output="extracted", verify={"tokens": 96})
+    run("extract", **tuned, output="extracted by layers", **layers)
     Path("text").write_text(" ".join(str(n * n % VOCABULARY) for n in range(999)))
     run("extract", **tuned, output="by outputs", **{"extract.calibration": "text"}, **FILES)
     run("llama31-extract", **tuned, output="again", **FILES)

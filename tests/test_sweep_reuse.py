@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipeline.dequantizing import dense
-from pipeline.ground import digests, logits, reuse
+from pipeline.ground import digests, merge_logits, reuse
 from pipeline.ground.files import File
 from pipeline.ground.identity import digest
 from pipeline.loading import load_checkpoint
@@ -66,7 +66,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(where, name, call)
 
     counted(transformers.LlamaForCausalLM, "from_pretrained")
-    counted(logits, "adapted")
+    counted(merge_logits, "adapted")
     counted(digests, "_sha256")
     return found
 

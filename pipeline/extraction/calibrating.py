@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pipeline.answering import base_model
 from pipeline.extraction.parameters import Parameter
 from pipeline.ground import logits, workplace
 from pipeline.ground.calibration import (
@@ -39,6 +38,7 @@ from pipeline.ground.units import show_bytes
 from pipeline.ground.whitening import Inputs, put_aside
 from pipeline.stream import num_workers
 from pipeline.weight import Checkpoint, Weight
+from pipeline.whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,7 +200,7 @@ class Calibrating:
     def _inputs(self, cls: Any, sequences: Tensor, device: str, folder: Path) -> dict[str, Inputs | None]:
         """By module; None where it saw too little."""
         with quiet(), working("calibrating: loading the fine-tune"):
-            model = base_model(self.tuned, self.tuned)(cls).eval().to(device)
+            model = Whole().base(self.tuned, self.tuned)(cls).eval().to(device)
         model.config.use_cache = False
         there = dict(model.named_modules())
         sees = {module: n for module, n in self.widths.items() if module in there}

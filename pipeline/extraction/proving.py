@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.resources import files as package_files
-from math import prod
+from functools import partial
 from typing import Any
 
+from pipeline.comparing import Asked, Loaders, Skipped, compared, num_classes, num_parameters, num_trained
 from pipeline.extraction import outputs
 from pipeline.extraction.checking import held, recomputed
+from pipeline.extraction.result import Extraction
 from pipeline.ground import finetune_logits, logits, workplace
-from pipeline.ground.device import memory_free
+from pipeline.ground.finetune_logits import Model
 from pipeline.ground.identity import digest
+from pipeline.ground.logits import adapted
 from pipeline.ground.model_config import edited
 from pipeline.ground.peft_load import unplaced
 from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.ground.sidefiles import write_side_files
-from pipeline.ground.units import show_bytes
 from pipeline.same_base import of_base
-from pipeline.weight import Adapter, Checkpoint, Output, Part, Weight
-
-Loader = Callable[[Checkpoint[Weight], Checkpoint[Weight]], Callable[[type], Any]]
+from pipeline.weight import Adapter, Output, Part
 
 
 @dataclass
@@ -39,16 +37,8 @@ class Proof:
         return {"logits": self.logits, "weights": self.weights} if self.weights else None
 
 
-def proof(
-    output: Output,
-    adapter: Adapter,
-    tokens: int,
-    device: str,
-    memory: int | None,
-    loader: Loader | None,
-    text: str | None = None,
-) -> Proof:
-    """Everything that is asked of an adapter that was extracted; without a loader no model is run."""
+def proof(output: Output, adapter: Adapter, asked: Asked | None = None) -> Proof:
+    """Everything that is asked of an adapter that was extracted; unless it is asked no model is run."""
     part = adapter.parts[0]
     extraction = part.extraction
     if extraction is None:
@@ -65,8 +55,8 @@ def proof(
         proved.gates.append(gate)
         for p in (p for p in extraction.chosen.lora if p.name in shares):
             proved.weights[p.pairs[0].name][f"{outputs.HELD}_verified"] = shares[p.name]
-    if loader and tokens and all(gate.status is not Status.failed for gate in proved.gates):
-        _compare(output, part, tokens, text or _sample(), device, memory, loader, proved)
+    if asked and asked.tokens and all(gate.status is not Status.failed for gate in proved.gates):
+        _compare(output, adapter, extraction, asked, proved)
     return proved
 
 
@@ -98,56 +88,40 @@ def _taken(output: Output, part: Part) -> Gate:
     return Gate("PEFT", Status.passed, f"loads all of {len(part.deltas)} deltas", wanted)
 
 
-def _sample() -> str:
-    return package_files("pipeline.ground").joinpath("sample.txt").read_text("utf-8")
-
-
-def _compare(
-    output: Output,
-    part: Part,
-    tokens: int,
-    text: str,
-    device: str,
-    memory: int | None,
-    loader: Loader,
-    proved: Proof,
-) -> None:
-    """KL(finetune||extracted) / KL(finetune||base), where the models fit into memory."""
+def _compare(output: Output, adapter: Adapter, extraction: Extraction, asked: Asked, proved: Proof) -> None:
+    """KL(finetune||extracted) / KL(finetune||base): base + adapter, or what stands merged in the output."""
     name, wanted = "nearness", "nearer to the fine-tune than the base is"
-    extraction = part.extraction
-    assert extraction is not None
-    tuned = extraction.tuned
-    vocabulary = max((prod(w.shape[:1]) for w in tuned.weights if len(w.shape) == 2), default=1)
-    parameters = sum(prod(w.shape) for w in tuned.weights)
-    needed = logits.memory_needed(parameters, vocabulary, tokens)
-    free = memory or memory_free(device)
-    if needed > free:
-        short = f"that takes {show_bytes(needed)} of memory, {show_bytes(free)} are free"
-        proved.findings.append(f"base, adapter and fine-tune were not compared by their logits: {short}")
-        proved.gates.append(Gate(name, Status.skipped, "not enough memory", wanted))
-        return
+    base, tuned = extraction.base, extraction.tuned
     told = workplace.scratch(output.folder.with_name(output.folder.name.removesuffix(".partial"))) / "told"
     told.mkdir(parents=True, exist_ok=True)
     (told / "config.json").write_text(tuned.config.text(tuned.config_edits), "utf-8")
     write_side_files(told, tuned.side_files)
-    try:
-        figures, assumed = finetune_logits.compare(
+
+    def models(loaders: Loaders) -> finetune_logits.Extraction:
+        plain = loaders.base(base, output.merged)
+        merged = partial(adapted, plain, [(adapter.parts[0].origin.folder, 1.0)])
+        return finetune_logits.Extraction(
             told,
-            part.origin.folder,
-            loader(extraction.base, output.merged),
-            loader(tuned, tuned),
-            text,
-            tokens,
-            device,
-            lambda: digest(of_base(extraction.base, output.merged)),
-            lambda: digest(of_base(tuned, tuned)),
+            Model(loaders.base(tuned, tuned), lambda: digest(of_base(tuned, tuned))),
+            Model(plain, lambda: digest(of_base(base, output.merged))),
+            Model(merged if output.is_adapter else loaders.folder(output)),
         )
-    except (logits.CannotCompare, logits.MergedDoesNotRun) as reason:
-        proved.findings.append(f"base, adapter and fine-tune were not compared by their logits: {reason}")
-        proved.gates.append(Gate(name, Status.skipped, "they do not load", wanted))
+
+    with_adapter = num_parameters(base.weights) + num_trained(adapter)
+    extracted = with_adapter if output.is_adapter else output.plan.num_parameters
+    largest = max(extracted, num_parameters(base.weights), num_parameters(tuned.weights))
+    vocabulary = max(num_classes(base.weights), num_classes(tuned.weights))
+    try:
+        outcome = compared(models, largest, vocabulary, asked)
+    except (Skipped, logits.CannotCompare, logits.MergedDoesNotRun) as reason:
+        seen, why = "they do not load", f": {reason}"
+        if isinstance(reason, Skipped):
+            seen, why = reason.seen, reason.finding
+        proved.findings.append(f"base, fine-tune and what was extracted were not compared by logits{why}")
+        proved.gates.append(Gate(name, Status.skipped, seen, wanted))
         return
-    proved.findings += assumed
-    proved.logits = figures
+    proved.findings += outcome.assumed
+    proved.logits = figures = finetune_logits.named(outcome.figures)
     far = not figures["finite"] or figures["ratio_interval"][0] > 1
     status = Status.failed if far else Status.passed
     proved.gates.append(Gate(name, status, finetune_logits.as_text(figures), wanted))

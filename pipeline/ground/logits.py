@@ -1,34 +1,33 @@
-"""The merged model's answers against those of base + unmerged adapter, through transformers and PEFT.
+"""What models predict on a text, through transformers and PEFT: one against what it should be.
 
-Both sides run in float32, one after the other: one model at a time is in memory. KL divergences are in nats
-per token: KL(adapter || merged) is what the merge changed, KL(adapter || base) what the adapter does; their
-ratio says how much of its effect is off.
+All run in float32, one after the other: one model at a time is in memory, or one layer of it. KL divergences
+are in nats per token: KL(wanted || judged) is how far off the model is, KL(wanted || base) how far it was to
+go; their ratio says how much of that is missed.
 """
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from pipeline.ground import reuse
-from pipeline.ground.divergence import Positions, divergence, figures, positions
+from pipeline.ground.divergence import Positions, figures, positions
 from pipeline.ground.errors import PipelineError
-from pipeline.ground.generating import answers_to
-from pipeline.ground.identity import of_outputs
 from pipeline.ground.libraries import quiet
-from pipeline.ground.progress import working
+from pipeline.ground.predicting import Form, Load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHARACTERS = 16  # of a text that no tokenizer makes one token of, on average
 SEQUENCE = 128  # tokens in one forward pass
-_TOGETHER = 4  # sequences in one pass, where the noise of the evaluation is measured
+_NO_ANSWERS = (
+    "base, adapter and merged model answered no prompt: layer by layer, each token would read them anew"
+)
+Adapters = Sequence[tuple[Path, float]]  # their folders, with the factors that they were merged with
 _PREDICT_NEXT = ("CausalLM", "LMHead", "ConditionalGeneration")  # in the names of such classes
 
 
@@ -41,14 +40,35 @@ class MergedDoesNotRun(PipelineError):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Models:
-    """What is compared: folders of adapter and merged model, and how to get the base in float32."""
+class Asked:
+    """What all models that are compared are asked, and in which form they are run."""
 
-    merged: Path
-    adapters: Sequence[tuple[Path, float]]  # with the factors that they were merged with
-    base: Callable[[type], Any]  # the model class to a model
-    load_merged: Callable[[type], Any] | None = None  # where its loader is not to be asked
-    reference: Callable[[], str | None] = lambda: None  # what base and adapters are, as a digest
+    cls: Any  # the model class
+    tokens: Tensor
+    tokenizer: Any
+    prompts: Sequence[str]
+    form: Form
+
+
+class Predicted(NamedTuple):
+    """`(positions, classes)` log-probabilities of what is wanted, of the base and of what is judged."""
+
+    wanted: Tensor
+    base: Tensor
+    judged: Tensor
+    figures: Mapping[str, Any] = MappingProxyType({})  # more of them
+    answers: list[dict[str, str]] | None = None
+
+
+class Models(Protocol):
+    """The models that are compared: what is judged, what it should be, and the base that it was made of."""
+
+    @property
+    def told(self) -> Path:
+        """The folder with the config.json and tokenizer that all of them share."""
+
+    def predicted(self, asked: Asked) -> Predicted:
+        """Runs them; CannotCompare, MergedDoesNotRun or DoesNotFit where that is not possible."""
 
 
 @dataclass(frozen=True)
@@ -66,41 +86,23 @@ class TextEnds(Exception):  # noqa: N818
 
 
 def compare(
-    models: Models, text: str, num_tokens: int, prompts: Sequence[str], device: str, first: int = 0
+    models: Models, text: str, num_tokens: int, prompts: Sequence[str], form: Form, first: int = 0
 ) -> Outcome:
-    """Runs base, base + adapter and merged model on the same tokens of the text, from number `first` on."""
+    """Runs all models on the same tokens of the text, from number `first` on."""
     import torch
 
     with quiet(), torch.inference_mode():
-        config, tokenizer, cls = prepare(models.merged)
-        assumed: list[str] = []
+        config, tokenizer, cls = prepare(models.told)
+        assumed = [_NO_ANSWERS] if prompts and not form.speaks else []
         tokens = tokens_of(tokenizer, text, config, num_tokens, assumed, first)
-        try:
-            with working("comparing logits: base and adapter"):
-                key = partial(of_outputs, models.reference, tokens, cls, device, prompts, models.merged)
-                make = partial(_reference, models, cls, tokens, tokenizer, prompts, device)
-                (with_adapter, without), (by_adapter, by_base, floor) = reuse.result(key, make)
-        except Exception as error:  # whatever transformers or PEFT raise about base and adapter
-            raise CannotCompare(reason(error)) from error
-        gc.collect()
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        try:
-            with working("comparing logits: merged model"):
-                merged = _merged(models, cls).eval().to(device)
-                with_merged, by_merged = outputs(merged, tokens), answers_to(merged, tokenizer, prompts)
-        except (MemoryError, torch.OutOfMemoryError) as error:  # says nothing about the merge
-            raise CannotCompare(reason(error)) from error
-        except Exception as error:
-            raise MergedDoesNotRun(reason(error)) from error
-        next_tokens = following(tokens, cls, len(with_merged))
-        seen = positions(with_adapter, without, with_merged, next_tokens)
-    said = [
-        {"prompt": prompt, "base": one, "adapter": other, "merged": last}
-        for prompt, one, other, last in zip(prompts, by_base, by_adapter, by_merged, strict=False)
-    ]
-    found = {**figures(seen), "kl_floor": floor, "tokens": tokens.numel()}
-    return Outcome(found, said or None, assumed, seen)
+        asked = Asked(cls, tokens, tokenizer, prompts if form.speaks else (), form)
+        found = models.predicted(asked)
+        next_tokens = following(tokens, cls, len(found.wanted))
+        if next_tokens is not None:  # a fine-tune may know more tokens than are compared
+            next_tokens = next_tokens.where(next_tokens < found.wanted.shape[-1], -1)
+        seen = positions(found.wanted, found.base, found.judged, next_tokens)
+    told = {**figures(seen), **found.figures, "tokens": tokens.numel(), **form.told()}
+    return Outcome(told, found.answers, assumed, seen)
 
 
 def together(outcomes: Sequence[Outcome]) -> Outcome:
@@ -109,30 +111,12 @@ def together(outcomes: Sequence[Outcome]) -> Outcome:
         return outcomes[0]
     found = figures(Positions.together([o.positions for o in outcomes if o.positions]))
     weights = [o.figures["tokens"] for o in outcomes]
-    floor = sum(o.figures["kl_floor"] * n for o, n in zip(outcomes, weights, strict=True)) / sum(weights)
     told = list(dict.fromkeys(line for o in outcomes for line in o.assumed))
-    rest = {**outcomes[0].figures, **found, "kl_floor": floor, "tokens": sum(weights)}
+    rest = {**outcomes[-1].figures, **found, "tokens": sum(weights)}
+    if "kl_floor" in rest:
+        floors = [o.figures["kl_floor"] * n for o, n in zip(outcomes, weights, strict=True)]
+        rest["kl_floor"] = sum(floors) / sum(weights)
     return Outcome(rest, outcomes[0].answers, told)
-
-
-def _reference(
-    models: Models, cls: Any, tokens: Tensor, tokenizer: Any, prompts: Sequence[str], device: str
-) -> reuse.Result:
-    """Outputs and answers with the adapter and without, and the noise: the merged model has no part in it."""
-    model = adapted(models, cls, device)
-    with_adapter, by_adapter = outputs(model, tokens), answers_to(model, tokenizer, prompts)
-    floor = noise(model, tokens, with_adapter)
-    with model.disable_adapter():
-        without, by_base = outputs(model, tokens), answers_to(model, tokenizer, prompts)
-    return reuse.Result((with_adapter, without), (by_adapter, by_base, floor))
-
-
-def _merged(models: Models, cls: Any) -> Any:
-    import torch
-
-    if models.load_merged:
-        return models.load_merged(cls)
-    return cls.from_pretrained(models.merged, dtype=torch.float32, trust_remote_code=False)
 
 
 def reason(error: Exception) -> str:
@@ -196,14 +180,15 @@ def longest(config: Any, wanted: int = SEQUENCE) -> int:
     return min(wanted, max(int(most) - 2, 1))  # RoBERTa's positions begin at 2
 
 
-def adapted(models: Models, cls: type, device: str) -> Any:
+def adapted(base: Load, adapters: Adapters, cls: type) -> Any:
+    """Base + unmerged adapters, as PEFT puts them together."""
     from peft import PeftModel
 
     model = None
-    for number, (folder, factor) in enumerate(models.adapters):
+    for number, (folder, factor) in enumerate(adapters):
         name = f"adapter{number}"
         if model is None:
-            model = PeftModel.from_pretrained(models.base(cls), str(folder), adapter_name=name)
+            model = PeftModel.from_pretrained(base(cls), str(folder), adapter_name=name)
         loaded = model.load_adapter(str(folder), name)  # the first once more, for what it could not place
         missing = [key for key in loaded.missing_keys if "vector_bank" not in key]  # VBLoRA's is shared
         copies = (".modules_to_save.", "lm_head.token_adapter.")  # PEFT saves and then does not expect them
@@ -217,25 +202,9 @@ def adapted(models: Models, cls: type, device: str) -> Any:
             if factor != 1 and isinstance(scaling, dict) and name in scaling:
                 scaling[name] *= factor
     assert model is not None
-    if len(models.adapters) > 1:
-        model.base_model.set_adapter([f"adapter{number}" for number in range(len(models.adapters))])
-    return model.eval().to(device)
-
-
-def outputs(model: Any, tokens: Tensor) -> Tensor:
-    """`(positions, classes)` log-probabilities; of a model without a head, its hidden states; on the CPU."""
-    import torch
-
-    return torch.cat([predictions(model, sequence[None]) for sequence in tokens])
-
-
-def predictions(model: Any, ids: Tensor) -> Tensor:
-    """The same of one pass, through `(sequences, length)` token ids."""
-    out = model(input_ids=ids.to(model.device))
-    logits = getattr(out, "logits", None)
-    values = out.last_hidden_state if logits is None else logits.float().log_softmax(-1)
-    flat: Tensor = values.float().cpu().flatten(0, -2)
-    return flat
+    if len(adapters) > 1:
+        model.base_model.set_adapter([f"adapter{number}" for number in range(len(adapters))])
+    return model
 
 
 def following(tokens: Tensor, cls: type, num_rows: int) -> Tensor | None:
@@ -245,28 +214,3 @@ def following(tokens: Tensor, cls: type, num_rows: int) -> Tensor | None:
     if not any(part in cls.__name__ for part in _PREDICT_NEXT) or num_rows != tokens.numel():
         return None
     return torch.cat([tokens[:, 1:], tokens.new_full((len(tokens), 1), -1)], 1).flatten()
-
-
-def noise(model: Any, tokens: Tensor, alone: Tensor) -> float:
-    """Mean divergence, in nats, of the same model's predictions when sequences are run together."""
-    return apart(alone, predictions(model, side_by_side(tokens)))
-
-
-def side_by_side(tokens: Tensor) -> Tensor:
-    """Sequences for a pass of another shape."""
-    return tokens[:_TOGETHER] if len(tokens) > 1 else tokens.repeat(2, 1)
-
-
-def apart(alone: Tensor, values: Tensor) -> float:
-    """Mean divergence, in nats, of what such a pass predicts."""
-    values = values[: len(alone)]
-    return float(divergence(alone[: len(values)], values).mean())
-
-
-def as_text(figures: Mapping[str, Any]) -> str:
-    """The figures in one line."""
-    return (
-        f"KL(adapter||merged) {figures['kl_mean']:.2g}, "
-        f"of KL(adapter||base) {figures['kl_adapter_base']:.2g}: ratio {figures['ratio']:.2g}, "
-        f"top-1 agreement {figures['top1_agreement']:.2%}"
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ def extraction(
     output: Path,
     *,
     save: str = "adapter",
+    save_settings: Mapping[str, Any] | None = None,
     verify: str = "structure",
+    verify_settings: Mapping[str, Any] | None = None,
     adapter: Any = None,
     dry_run: bool = False,
     **settings: Any,
@@ -52,8 +54,8 @@ def extraction(
         load=stages["load"][load](base_model=str(base)),
         dequantize=stages["dequantize"]["auto"](),
         merge=stages["merge"]["exact"](merge_dtype=FloatDtype.float32, names={}),
-        save=stages["save"][save](output=output, device="cpu"),
-        verify=stages["verify"][verify](device="cpu"),
+        save=stages["save"][save](output=output, device="cpu", **(save_settings or {})),
+        verify=stages["verify"][verify](device="cpu", **(verify_settings or {})),
     )
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.deferring import Layerwise, deferred_base
+from pipeline.comparing import Layerwise
+from pipeline.deferring import Deferred
 from pipeline.dequantizing import dense as dense_weights
 from pipeline.ground import layerwise, logits
 from pipeline.ground.errors import PipelineError
+from pipeline.ground.merge_logits import Merge
 from pipeline.ground.report import Report, Status
 from pipeline.ground.unread import Stream, Unread
 from pipeline.loading import load_safetensors
@@ -138,7 +140,7 @@ def test_a_weight_is_read_once_for_all_passes_and_only_a_layer_is_held(
 
 
 def test_what_does_not_fit_whole_is_compared_by_layers(made: tuple[Path, Path, Path]) -> None:
-    parameters = sum(prod(t.shape) for t in tensors(made[0]).values())
+    parameters = sum(prod(t.shape) for folder in made[:2] for t in tensors(folder).values())
     needed = logits.memory_needed(parameters, 160, TOKENS)
     for limit, form in ((needed, False), (needed - 1, True)):
         report = run(*made, Layerwise.auto, verify_settings={"memory_limit": limit})
@@ -186,14 +188,10 @@ def test_an_adapter_at_another_scale_is_seen(made: tuple[Path, Path, Path]) -> N
     ratios = []
     for factor in (1.0, 2.0):
         stream = Stream()
-        models = logits.Models(
-            made[2],
-            [(made[1], factor)],
-            deferred_base(base, base, stream),
-            deferred_base(merged, merged, stream),
-        )
+        load = Deferred(stream).base
+        models = Merge(made[2], [(made[1], factor)], load(base, base), load(merged, merged))
         layers = layerwise.Layers(stream, 1 << 30, "cpu")
-        ratios.append(layerwise.compare(models, layers, "", TOKENS, None).figures["ratio"])
+        ratios.append(logits.compare(models, "", TOKENS, (), layers).figures["ratio"])
     assert ratios[0] < 0.01 < 0.1 < ratios[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -161,7 +161,9 @@ def test_a_delta_of_zero_is_a_finding(tmp_path: Path) -> None:
 
 def test_logits_tell_another_base(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """Merged exactly, but verified against another base: only the forward pass is asked here."""
-    from pipeline.ground import logits
+    from pipeline.ground.logits import compare
+    from pipeline.ground.merge_logits import Merge
+    from pipeline.ground.predicting import InMemory
 
     base, adapter, merged = made
     other = write_llama(tmp_path / "other", shard="1GB")
@@ -174,8 +176,8 @@ def test_logits_tell_another_base(made: tuple[Path, Path, Path], tmp_path: Path)
         return lambda cls: cls.from_pretrained(folder, dtype=torch.float32)  # type: ignore[attr-defined,no-any-return]
 
     def ratio(base: Path, factor: float = 1.0) -> list[float]:
-        models = logits.Models(merged, [(adapter, factor)], load(base))
-        found: list[float] = logits.compare(models, "", 256, (), "cpu").figures["ratio_interval"]
+        models = Merge(merged, [(adapter, factor)], load(base), load(merged))
+        found: list[float] = compare(models, "", 256, (), InMemory("cpu")).figures["ratio_interval"]
         return found
 
     assert ratio(base)[1] < 0.01 < ratio(other)[0]
@@ -210,7 +212,7 @@ def test_a_text_of_ones_own_is_what_logits_are_compared_on(
         with pytest.raises(Refused, match=said):
             verify(base, adapter, merged, text=str(text))
     (tmp_path / "own.txt").write_text("words of mine")
-    from pipeline.answering import read_text
+    from pipeline.comparing import read_text
 
     assert read_text(str(tmp_path / "own.txt")) == "words of mine"
 
@@ -312,18 +314,18 @@ def test_code_of_a_model_is_never_run(made: tuple[Path, Path, Path], tmp_path: P
 def test_no_memory_for_the_merged_model_is_not_its_fault(
     made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.ground import logits
+    from pipeline.ground.predicting import InMemory, View
 
     base, adapter, _ = made
     calls: list[int] = []
-    real = logits.outputs
+    real = InMemory.predictions
 
-    def third_fails(model: object, tokens: torch.Tensor) -> torch.Tensor:
+    def second_fails(form: InMemory, model: object, views: Sequence[View], what: str) -> list[torch.Tensor]:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:  # after base and adapter
             raise torch.OutOfMemoryError("no memory")
-        return real(model, tokens)
+        return real(form, model, views, what)
 
-    monkeypatch.setattr(logits, "outputs", third_fails)
+    monkeypatch.setattr(InMemory, "predictions", second_fails)
     report = merge(base, adapter, tmp_path / "out", verify="standard", verify_settings={"tokens": 64})
     assert gates(report)["logits"] is Status.skipped

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pipeline import answering
+from pipeline import comparing
 from pipeline.ground.html import report_page
 from tests.models import write_llama, write_lora
 from tests.running import merge
@@ -80,7 +80,7 @@ def test_text_in_stretches_gives_the_same_figures(
     merge(*made, tmp_path / "out")
     asked = {"save": "existing", "verify": "standard", "verify_settings": settings}
     whole = merge(*made, tmp_path / "out", **asked)
-    monkeypatch.setattr(answering, "_HELD", 1)  # a sequence at a time
+    monkeypatch.setattr(comparing, "_HELD", 1)  # a sequence at a time
     parts = merge(*made, tmp_path / "out", **asked)
     assert whole.logits is not None
     assert parts.logits is not None
@@ -94,7 +94,7 @@ def test_a_text_that_ends_early_is_compared_to_its_end_and_told(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text").write_text("abcdefgh" * 100)
-    monkeypatch.setattr(answering, "_HELD", 1)
+    monkeypatch.setattr(comparing, "_HELD", 1)
     settings = {"tokens": 1024, "text": str(tmp_path / "text")}
     report = merge(*made, tmp_path / "out", verify="standard", verify_settings=settings)
     assert report.logits is not None

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.answering import Asked, answers, base_model, read_prompts, read_text
-from pipeline.deferring import Layerwise
-from pipeline.extraction.proving import Proof, extracted, proof
-from pipeline.ground.device import check_device, resolve_device
+from pipeline.answering import answers
+from pipeline.comparing import Asked, Layerwise, read_prompts, read_text
+from pipeline.extraction.proving import extracted, proof
+from pipeline.ground.device import check_device
 from pipeline.ground.errors import Refused
 from pipeline.ground.gates import Limits
 from pipeline.ground.reference import Facts
@@ -66,10 +66,10 @@ class Standard(Verify):
 
     def __call__(self, output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Report:
         begun = time.monotonic()
-        proved = self._proof(output, adapter)
         if output.is_adapter:
-            return extracted(output, proved, begun)
+            return extracted(output, proof(output, adapter, self.asked()), begun)
         seen = climb(self.tiers(), Seen(output, base, adapter, weights=output.statistics_as_dicts()))
+        proved = proof(output, adapter, None if seen.failed else self.asked())
         return report(
             output,
             [*seen.gates, *proved.gates, *hashes(output)],
@@ -106,12 +106,6 @@ class Standard(Verify):
         limits = Limits(self.max_ratio, self.max_kl, self.max_kl_p999, self.min_top1, self.max_rms)
         prompts = read_prompts(self.prompts)
         return Asked(self.tokens, self.text, prompts, limits, self.device, self.memory_limit, self.layerwise)
-
-    def _proof(self, output: Output, adapter: Adapter) -> Proof:
-        """What is asked of an adapter that this run has extracted."""
-        device = resolve_device(self.device)
-        text = None if self.text is None else read_text(self.text)
-        return proof(output, adapter, self.tokens, device, self.memory_limit, base_model, text)
 
     def _effect(self, seen: Seen, facts: dict[str, Facts]) -> Gate:
         """By what save counted of all elements, if it did; experts by what was looked at."""

@@ -24,7 +24,7 @@ class Structure(Verify):
 
     def __call__(self, output: Output, base: Checkpoint[Weight], adapter: Adapter) -> Report:
         begun = time.monotonic()
-        proved = proof(output, adapter, 0, "cpu", None, None)
+        proved = proof(output, adapter)
         if output.is_adapter:
             return extracted(output, proved, begun)
         gates = files(output, base)

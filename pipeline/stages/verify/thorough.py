@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.answering import Asked
+from pipeline.comparing import Asked
 from pipeline.ground.errors import Refused
 from pipeline.probing import Probing
 from pipeline.stage import stage
