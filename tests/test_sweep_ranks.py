@@ -51,8 +51,9 @@ def swept(pair: Path, output: Path, *more: str) -> dict[str, dict[str, str]]:
     return {line["run"]: line for line in csv.DictReader((output / "sweep.csv").open())}
 
 
+@pytest.mark.parametrize("form", ["never", "always"])
 def test_ranks_are_compared_by_what_they_hold_and_how_near_they_come(
-    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: Counter[str] = Counter()
     real, text = finetune_logits.outputs, tmp_path / "text.txt"
@@ -63,7 +64,7 @@ def test_ranks_are_compared_by_what_they_hold_and_how_near_they_come(
         return real(*told)
 
     monkeypatch.setattr(finetune_logits, "outputs", spied)
-    lines = swept(pair, tmp_path / "out", "rank=1,2,4", f"verify.text={text}")
+    lines = swept(pair, tmp_path / "out", "rank=1,2,4", f"verify.text={text}", f"verify.layerwise={form}")
     assert loaded == {"extracted model": 3, "base": 1, "fine-tune": 1}
     assert set(lines) == {"rank=1", "rank=2", "rank=4"}
     for key, order in (("captured", 1), ("size", 1), ("ratio", -1), ("kl", -1)):

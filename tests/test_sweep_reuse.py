@@ -96,6 +96,27 @@ def test_the_reference_runs_once_for_all_outputs_and_figures_are_the_same_bits(
     assert loads == {"adapted": 3, "from_pretrained": 3 * 2}
 
 
+def test_runs_by_layers_share_the_reference_with_each_other_and_with_runs_in_memory(
+    speaking: Path, loads: Counter[str]
+) -> None:
+    axes = ("save.dtype=float16,float32", "verify.layerwise=never,always")
+    said = answer("-m", *REQUEST, "output=sweep", *axes, cwd=speaking)
+    assert said.status == 0, said
+    assert loads == {"adapted": 1, "from_pretrained": 1 + 4, "_sha256": 3}  # base once, and each output
+    loads.clear()
+    by_layers = "verify.layerwise=always"
+    said = answer("-m", *REQUEST, "output=layers", axes[0], by_layers, cwd=speaking)
+    assert said.status == 0, said
+    assert loads == {"adapted": 1, "from_pretrained": 1 + 2}
+    assert answer(*REQUEST, "output=alone", "save.dtype=float16", by_layers, cwd=speaking).status == 0
+    runs = ("sweep/save.dtype=float16,verify.layerwise=always", "layers/save.dtype=float16", "alone")
+    seen = [told(speaking / run)["logits"] for run in runs]
+    assert seen[0] == seen[1] == seen[2]
+    whole = told(speaking / "sweep" / "save.dtype=float16,verify.layerwise=never")["logits"]
+    assert {key: seen[0][key] for key in whole} == whole
+    assert seen[0].keys() - whole.keys() == {"layer_by_layer", "weights_held"}
+
+
 @pytest.mark.parametrize(
     "axis",
     [

@@ -69,7 +69,7 @@ class Standard(Verify):
         if output.is_adapter:
             return extracted(output, proof(output, adapter, self.asked()), begun)
         seen = climb(self.tiers(), Seen(output, base, adapter, weights=output.statistics_as_dicts()))
-        proved = proof(output, adapter, None if seen.failed else self.asked())
+        proved = proof(output, adapter, self.asked())
         return report(
             output,
             [*seen.gates, *proved.gates, *hashes(output)],
