@@ -25,6 +25,7 @@ from pipeline.ground.report import Rejected, Report
 from pipeline.sweep import Run, objective, record, recorded, thin
 from pipeline.telling import failed
 
+_OF_A_MODEL = ("config.json", "adapter_config.json")
 _LONGEST = 120  # characters of a folder's name that a swept value may make
 
 
@@ -49,12 +50,26 @@ def swept(cfg: Any) -> float:
     cfg.output = str(folder / name)
     sys.stdout.write(f"\n== {name}\n")
     with reuse.within(scratch / "reuse"):
-        report, error = _fulfilled(cfg) if not cfg.report else (None, Refused(OWN_REPORTS))
+        wrong = _not_swept(cfg, folder)
+        report, error = (None, Refused(wrong)) if wrong else _fulfilled(cfg)
     status, made = failed(error) if error else 0, folder / name if report else None
     run = replace(begun, row=_told(name, report, error), output=made, status=status)
     record(run, scratch)
     thin(recorded(scratch), cfg.sweep)
     return objective(run)
+
+
+def _not_swept(cfg: Any, folder: Path) -> str | None:
+    """Why this is not to be a run of a sweep into the folder, if anything speaks against it."""
+    if cfg.report:
+        return OWN_REPORTS
+    if cfg.sweep.under is not None and not cfg.sweep.under > 0:
+        return f"sweep.under: {cfg.sweep.under:g} is no ratio above 0, and no run would be near enough"
+    if held := next((name for name in _OF_A_MODEL if (folder / name).is_file()), None):
+        return (
+            f"output: '{folder}' holds a {held}; a sweep writes a folder for each run, give it one of its own"
+        )
+    return None
 
 
 def folder_name(overrides: str) -> str:

@@ -77,6 +77,24 @@ def test_what_stood_there_before_the_sweep_is_left_alone(here: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (here / "sweep").glob("*/*")} == before
 
 
+def test_no_sweep_writes_into_a_model(here: Path) -> None:
+    written(here)
+    before = sorted((here / "base").rglob("*"))
+    request = [a.replace("output=sweep", "output=base") for a in REQUEST]
+    said = answer(*request, cwd=here)
+    assert said.status != 0
+    assert "output: 'base' holds a config.json; a sweep needs a folder of its own" in said.err
+    assert sorted((here / "base").rglob("*")) == before
+
+
+def test_no_ratio_is_below_zero(here: Path) -> None:
+    written(here)
+    said = answer(*REQUEST, "sweep.under=-1", cwd=here)
+    assert said.status != 0
+    assert "sweep.under: -1 is no ratio above 0" in said.err
+    assert not (here / "sweep").exists()
+
+
 def test_a_refused_run_is_on_the_leaderboard_with_its_figures(here: Path) -> None:
     written(here, "none")
     write_adapter(here / "adapter", adapter_tensors(dtype="F16"))  # small deltas: bfloat16 keeps too little

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pipeline.ground import dtypes
+from pipeline.ground.adapter_format import CONFIG
 from pipeline.ground.errors import Refused
 from pipeline.ground.manifest import NAME
 from pipeline.ground.model_config import ConfigFile
@@ -30,6 +31,11 @@ class Existing(Save):
         if not self.output.is_dir():
             raise Refused(
                 f"output: '{self.output}' is not a folder; save=existing checks a merged model there"
+            )
+        if (self.output / CONFIG).is_file() and not (self.output / "config.json").is_file():
+            raise Refused(
+                f"output: '{self.output}' holds an adapter, and save=existing checks merged models; an "
+                "extraction is proved while it is made"
             )
         read_checkpoint(self.output)
         ConfigFile(self.output / "config.json").check()
