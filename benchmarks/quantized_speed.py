@@ -154,7 +154,7 @@ def measure(folder: Path) -> dict[str, Any]:
     from pipeline.ground.parallel import keep_freed_memory, plain_arithmetic
     from pipeline.ground.report import Report
     from pipeline.ground.rounding import round_to
-    from pipeline.pieces import Merged
+    from pipeline.merging.pieces import Merged
     from pipeline.weight import Decoded, Dense, Tile, Tiles, Weight
     from tests.running import merge, pipeline
 

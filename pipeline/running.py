@@ -66,9 +66,7 @@ def _not_swept(cfg: Any, folder: Path) -> str | None:
     if cfg.sweep.under is not None and not cfg.sweep.under > 0:
         return f"sweep.under: {cfg.sweep.under:g} is no ratio above 0, and no run would be near enough"
     if held := next((name for name in _OF_A_MODEL if (folder / name).is_file()), None):
-        return (
-            f"output: '{folder}' holds a {held}; a sweep writes a folder for each run, give it one of its own"
-        )
+        return f"output: '{folder}' holds a {held}; a sweep needs a folder of its own, to write below"
     return None
 
 

@@ -13,12 +13,12 @@ from threading import Barrier
 import pytest
 import torch
 
-from pipeline import stream
 from pipeline.ground import tiles as cutting
 from pipeline.ground.codes import mx
 from pipeline.ground.errors import PipelineError
 from pipeline.ground.files import as_bytes, read_tensor
 from pipeline.ground.in_flight import InFlight
+from pipeline.output import stream
 from tests.ground.codes.holding import bits, found, rows_of, whole
 from tests.ground.codes.test_mx import gpt_oss
 from tests.models import LINEAR, exact, tensors, write_llama, write_lora

@@ -36,9 +36,9 @@ from pipeline.ground.report import Finding
 from pipeline.ground.sidefiles import chosen, write_side_files
 from pipeline.ground.units import show_bytes
 from pipeline.ground.whitening import Inputs, put_aside
-from pipeline.stream import num_workers
+from pipeline.output.stream import num_workers
+from pipeline.verification.whole import Whole
 from pipeline.weight import Checkpoint, Weight
-from pipeline.whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor

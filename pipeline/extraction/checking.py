@@ -18,8 +18,8 @@ from pipeline.extraction.result import Extraction
 from pipeline.ground.parallel import in_order, plain_arithmetic
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Gate, Status
-from pipeline.pieces import FromAdapter, Merged
-from pipeline.stream import num_workers
+from pipeline.merging.pieces import FromAdapter, Merged
+from pipeline.output.stream import num_workers
 from pipeline.weight import Checkpoint, Tiles, Weight
 
 SLACK = 1e-3  # of a difference's energy: what rounding factors to 16 bits may cost

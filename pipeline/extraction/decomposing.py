@@ -30,7 +30,7 @@ from pipeline.ground.rounding import ulp
 from pipeline.ground.scratch import Scratch
 from pipeline.ground.spool import Kept, Spool
 from pipeline.ground.whitening import Inputs, Seen, projected, turned
-from pipeline.pieces import Merged
+from pipeline.merging.pieces import Merged
 
 if TYPE_CHECKING:
     from torch import Tensor

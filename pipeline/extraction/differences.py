@@ -12,7 +12,7 @@ from pipeline.extraction.pairs import Pair, Rows
 from pipeline.ground.errors import Refused
 from pipeline.ground.parallel import in_order, keep_freed_memory, plain_arithmetic
 from pipeline.ground.progress import Progress
-from pipeline.stream import num_workers
+from pipeline.output.stream import num_workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pipeline.ground.model_modules import Kind
 from pipeline.ground.parallel import plain_arithmetic
 from pipeline.ground.progress import Progress
 from pipeline.ground.report import Finding, Gate, Status
-from pipeline.pieces import Merged
+from pipeline.merging.pieces import Merged
 from pipeline.weight import Checkpoint, Weight
 
 if TYPE_CHECKING:

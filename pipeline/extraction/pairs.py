@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from pipeline.ground import tiles
 from pipeline.ground.canonical_names import canonical
 from pipeline.ground.errors import Refused
-from pipeline.pieces import Merged
-from pipeline.tying import EMBEDDINGS, HEADS
+from pipeline.merging.pieces import Merged
+from pipeline.merging.tying import EMBEDDINGS, HEADS
 from pipeline.weight import Checkpoint, Weight
 
 if TYPE_CHECKING:

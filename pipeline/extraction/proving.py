@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pipeline.comparing import Asked, Loaders, Skipped, compared, num_classes, num_parameters, num_trained
 from pipeline.extraction import outputs
 from pipeline.extraction.checking import held, recomputed
 from pipeline.extraction.result import Extraction
@@ -19,7 +18,16 @@ from pipeline.ground.model_config import edited
 from pipeline.ground.peft_load import unplaced
 from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.ground.sidefiles import write_side_files
-from pipeline.same_base import of_base
+from pipeline.verification.comparing import (
+    Asked,
+    Loaders,
+    Skipped,
+    compared,
+    num_classes,
+    num_parameters,
+    num_trained,
+)
+from pipeline.verification.same_base import of_base
 from pipeline.weight import Adapter, Output, Part
 
 

@@ -10,7 +10,7 @@ from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused
 from pipeline.ground.lowrank import Method
 from pipeline.ground.ranks import Budget, NoiseEdge, Rank, by_pattern, fitted
-from pipeline.pieces import Merged
+from pipeline.merging.pieces import Merged
 from pipeline.weight import Weight
 
 _BUDGET_MOST = 256  # rank of a module under a budget, where max_rank does not say

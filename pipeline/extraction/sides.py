@@ -19,8 +19,8 @@ from pipeline.ground.files import File
 from pipeline.ground.model_modules import Model, in_memory
 from pipeline.ground.spool import told
 from pipeline.loading import load_checkpoint
-from pipeline.merging import merged
-from pipeline.pieces import FromAdapter, Merged
+from pipeline.merging.pieces import FromAdapter, Merged
+from pipeline.merging.plan import merged
 from pipeline.weight import Adapter, Checkpoint, Merging, Weight
 
 

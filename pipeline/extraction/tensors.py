@@ -17,7 +17,7 @@ from pipeline.ground.dtypes import num_bytes
 from pipeline.ground.model_modules import Kind
 from pipeline.ground.ranks import by_pattern
 from pipeline.ground.spool import Spool
-from pipeline.tying import EMBEDDINGS
+from pipeline.merging.tying import EMBEDDINGS
 
 if TYPE_CHECKING:
     from torch import Tensor

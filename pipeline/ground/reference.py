@@ -1,7 +1,7 @@
 """Merged weights recomputed in float64, and how far what is stored is from that.
 
-What they should be comes of a second path (`pipeline.retracing`), which shares nothing with what wrote the
-weights but the decoding of the base's rows.
+What they should be comes of a second path (`pipeline.verification.retracing`), which shares nothing with
+what wrote the weights but the decoding of the base's rows.
 """
 
 from __future__ import annotations

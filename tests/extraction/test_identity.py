@@ -24,7 +24,7 @@ from pathlib import Path
 from pipeline.dequantizing import dense
 from pipeline.extraction.identity import key
 from pipeline.loading import load_checkpoint
-from pipeline.merging import merged
+from pipeline.merging.plan import merged
 from pipeline.stage import Chosen
 from pipeline.stages.extract.peft import Peft
 from pipeline.weight import Merging

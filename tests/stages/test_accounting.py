@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline import stage
-from pipeline.pieces import Merged
+from pipeline.merging.pieces import Merged
 from tests.models import tensors
 from tests.running import merge, pipeline
 from tests.tolerance import within_half_ulp

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.comparing import Layerwise
 from pipeline.ground import logits
 from pipeline.ground.ranks import Energy
 from pipeline.ground.report import Gate, Report, Status
 from pipeline.ground.unread import Unread
 from pipeline.stages.save.merged import SaveDtype
+from pipeline.verification.comparing import Layerwise
 from tests import quantizing
 from tests.architectures import CASES
 from tests.beside_peft import quiet

@@ -12,8 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.comparing import Layerwise
-from pipeline.deferring import Deferred
 from pipeline.dequantizing import dense as dense_weights
 from pipeline.ground import layerwise, logits
 from pipeline.ground.errors import PipelineError
@@ -21,6 +19,8 @@ from pipeline.ground.merge_logits import Merge
 from pipeline.ground.report import Report, Status
 from pipeline.ground.unread import Stream, Unread
 from pipeline.loading import load_safetensors
+from pipeline.verification.comparing import Layerwise
+from pipeline.verification.deferring import Deferred
 from tests.architectures import CASES
 from tests.beside_peft import Case, quiet, quietly_merged, write
 from tests.kind_cases import CASES as KINDS

@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from pipeline.combined import Combined
 from pipeline.ground import selecting, tiles
 from pipeline.ground.combining import MajoritySign
 from pipeline.ground.errors import PipelineError, Refused
 from pipeline.ground.report import Report, Status
 from pipeline.ground.selecting import draws, key
-from pipeline.layout import factor_bytes, plan_shards, tile_bytes
-from pipeline.merging import with_deltas
-from pipeline.pieces import Merged
+from pipeline.merging.combined import Combined
+from pipeline.merging.pieces import Merged
+from pipeline.merging.plan import with_deltas
+from pipeline.output.layout import factor_bytes, plan_shards, tile_bytes
 from pipeline.stage import Pipeline
 from pipeline.weight import Adapter, Checkpoint, Weight
 from tests.command import answer, refusal

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Action, Report, Status
-from pipeline.pieces import Merged
+from pipeline.merging.pieces import Merged
 from tests.models import LINEAR, tensors, write_llama, write_lora
 from tests.quantizing import (
     BNB,

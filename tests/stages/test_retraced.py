@@ -18,11 +18,11 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline import binding, merging, tying
-from pipeline.binding import Bound
 from pipeline.ground.deltas import lora_family
 from pipeline.ground.deltas.delta import Base, Delta, RowsOf
 from pipeline.ground.report import Rejected, Report, Status
+from pipeline.merging import binding, plan, tying
+from pipeline.merging.binding import Bound
 from pipeline.stages.merge import exact
 from tests import kind_cases, lora_cases
 from tests.beside_peft import Case, load_base, quiet, quietly_merged, with_noise, write
@@ -128,7 +128,7 @@ def with_binding(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
         change(bound)
         return bound
 
-    monkeypatch.setattr(merging, "bind", bind)
+    monkeypatch.setattr(plan, "bind", bind)
 
 
 def exchange(one: str, other: str) -> Change:
@@ -247,7 +247,7 @@ def test_a_module_that_is_dropped_is_named(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     held = {key.replace("1.self_attn.q", "1.attn.q"): value for key, value in tensors(path.parent).items()}
     save_file(held, path, {"format": "pt"})
-    monkeypatch.setattr(merging, "promises", lambda *_: ())
+    monkeypatch.setattr(plan, "promises", lambda *_: ())
     with_binding(monkeypatch, lambda bound: bound.homeless.clear())
     with pytest.raises(Rejected, match=r"retraced: no weight answers to the adapter's .*1\.attn\.q_proj"):
         merged(tmp_path)
@@ -384,7 +384,7 @@ def test_the_share_of_each_adapter_is_seen(tmp_path: Path, monkeypatch: pytest.M
     several = {tmp_path / "adapter": 3.0, tmp_path / "second": 1.0}
     told = {"normalize": True}
     assert merged(tmp_path, several, method="linear", method_settings=told).passed
-    monkeypatch.setattr(merging, "normalized", lambda adapter: adapter)
+    monkeypatch.setattr(plan, "normalized", lambda adapter: adapter)
     with pytest.raises(Rejected, match=r"rounding"):
         merged(tmp_path, several, "faulty", method="linear", method_settings=told)
 

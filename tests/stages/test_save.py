@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.ground import shards, tiles
 from pipeline.ground.errors import PipelineError, Refused
-from pipeline.layout import plan_shards
+from pipeline.output.layout import plan_shards
 from tests.models import tensors, write_llama, write_lora
 from tests.running import merge, pipeline
 from tests.tolerance import FLOAT32_FORWARD
@@ -83,7 +83,7 @@ def test_bytes_do_not_depend_on_workers_or_memory(
     base, adapter = made
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 1 << 9)  # many tiles
     for number, (workers, limit) in enumerate([(1, None), (4, None), (8, 25_000)]):
-        monkeypatch.setattr("pipeline.stream.num_workers", lambda n=workers: n)
+        monkeypatch.setattr("pipeline.output.stream.num_workers", lambda n=workers: n)
         merge(base, adapter, tmp_path / str(number), memory_limit=limit)
     for path in (tmp_path / "0").glob("*.safetensors"):
         assert len({sha256(tmp_path / n / path.name) for n in "012"}) == 1

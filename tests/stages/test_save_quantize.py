@@ -187,7 +187,7 @@ def test_bytes_do_not_depend_on_workers_memory_or_tiles(
     for number, (workers, limit, elements) in enumerate(
         [(1, None, 1 << 18), (4, None, 1 << 9), (8, 3_000_000, 1 << 12)]
     ):
-        monkeypatch.setattr("pipeline.stream.num_workers", lambda n=workers: n)
+        monkeypatch.setattr("pipeline.output.stream.num_workers", lambda n=workers: n)
         monkeypatch.setattr(tiles, "TILE_ELEMENTS", elements)
         out = tmp_path / str(number)
         merge(*dense, out, quantize=name, memory_limit=limit, merge_dtype="float64")

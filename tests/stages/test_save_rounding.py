@@ -55,7 +55,7 @@ def test_bytes_do_not_depend_on_workers_memory_or_tiles(
     base, _, small = made
     runs = [(1, None, 1 << 18), (4, None, 1 << 9), (8, 40_000, 1 << 9), (3, None, 1 << 12)]
     for number, (workers, limit, elements) in enumerate(runs):
-        monkeypatch.setattr("pipeline.stream.num_workers", lambda n=workers: n)
+        monkeypatch.setattr("pipeline.output.stream.num_workers", lambda n=workers: n)
         monkeypatch.setattr(tiles, "TILE_ELEMENTS", elements)
         out = tmp_path / str(number)
         merge(base, small, out, rounding=Rounding.stochastic, memory_limit=limit, dtype=dtype,

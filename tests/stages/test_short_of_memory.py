@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import stream
 from pipeline.ground import tiles as cutting
 from pipeline.ground.errors import PipelineError
-from pipeline.storing import Storing
+from pipeline.output import stream
+from pipeline.output.storing import Storing
 from tests.models import write_llama, write_lora
 from tests.running import merge
 

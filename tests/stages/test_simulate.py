@@ -16,9 +16,9 @@ from pipeline.ground.codes.bnb4_state import LEVELS
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Finding
 from pipeline.ground.terminal import show_plan
+from pipeline.merging.trained_base import Bases, which_base
 from pipeline.simulated import Simulated
 from pipeline.stages.dequantize.simulate import QuantType
-from pipeline.trained_base import Bases, which_base
 from pipeline.weight import Adapter, Weight
 from tests.models import tensors, write_llama, write_lora
 from tests.quantizing import formats, is_linear, write_base
@@ -96,7 +96,7 @@ def test_bytes_do_not_depend_on_workers_or_tiles(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, (workers, elements) in enumerate([(1, 1 << 18), (4, 1 << 9)]):
-        monkeypatch.setattr("pipeline.stream.num_workers", lambda n=workers: n)
+        monkeypatch.setattr("pipeline.output.stream.num_workers", lambda n=workers: n)
         monkeypatch.setattr(tiles, "TILE_ELEMENTS", elements)
         merge(*made, tmp_path / str(number), dequantize="simulate", merge_dtype="float64")
     one, other = tensors(tmp_path / "0"), tensors(tmp_path / "1")

@@ -212,7 +212,7 @@ def test_a_text_of_ones_own_is_what_logits_are_compared_on(
         with pytest.raises(Refused, match=said):
             verify(base, adapter, merged, text=str(text))
     (tmp_path / "own.txt").write_text("words of mine")
-    from pipeline.comparing import read_text
+    from pipeline.verification.comparing import read_text
 
     assert read_text(str(tmp_path / "own.txt")) == "words of mine"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pipeline import comparing
 from pipeline.ground.html import report_page
+from pipeline.verification import comparing
 from tests.models import write_llama, write_lora
 from tests.running import merge
 

@@ -43,10 +43,10 @@ from pipeline.ground.manifest import published
 from pipeline.ground.progress import say
 from pipeline.ground.report import Finding
 from pipeline.ground.spool import Spool
+from pipeline.output.stream import num_workers
 from pipeline.settings import set_as
 from pipeline.stage import Extract, stage
 from pipeline.stages.extract.peft import Peft
-from pipeline.stream import num_workers
 from pipeline.weight import Adapter, Part
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.ground.combining import Combination
 from pipeline.ground.errors import Refused
-from pipeline.merging import merged
+from pipeline.merging.plan import merged
 from pipeline.stage import Merge, stage
 from pipeline.weight import Adapter, Checkpoint, Merging, Weight
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.contents import contents
 from pipeline.extraction import outputs
 from pipeline.extraction.engines import Engine, serving
 from pipeline.ground import dtypes, workplace
@@ -24,6 +23,7 @@ from pipeline.ground.manifest import is_hidden, own_version, owned, peak_memory,
 from pipeline.ground.report import Action, Finding, Plan, PlannedWeight, unique
 from pipeline.ground.sidefiles import Group, SideFile, write_side_files
 from pipeline.ground.units import show_bytes
+from pipeline.merging.contents import contents
 from pipeline.stage import Save, stage
 from pipeline.weight import Adapter, Checkpoint, Output, Part, Weight
 

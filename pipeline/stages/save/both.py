@@ -6,11 +6,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.combined import Combined
 from pipeline.ground.adapter_format import CONFIG, WEIGHTS
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Plan
-from pipeline.pieces import Merged
+from pipeline.merging.combined import Combined
+from pipeline.merging.pieces import Merged
 from pipeline.stage import stage
 from pipeline.stages.save.merged import SaveMerged
 from pipeline.weight import Adapter, Checkpoint, Weight

@@ -14,8 +14,8 @@ from pipeline.ground.report import Plan
 from pipeline.ground.shards import read_checkpoint
 from pipeline.ground.tables import read_table
 from pipeline.ground.written import codes_in, said_of_codes
-from pipeline.layout import describe, plan_shards
-from pipeline.quantizing import Forms, found_as
+from pipeline.output.layout import describe, plan_shards
+from pipeline.output.quantizing import Forms, found_as
 from pipeline.stage import Save, stage
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 

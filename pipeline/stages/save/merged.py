@@ -19,12 +19,12 @@ from pipeline.ground.report import Plan
 from pipeline.ground.rounding import Rounding
 from pipeline.ground.sidefiles import SideFile, brings_tokenizer, chosen, write_side_files
 from pipeline.ground.units import parse_bytes, show_bytes
-from pipeline.layout import PlannedShard, describe, factor_bytes, plan_shards, tile_bytes
-from pipeline.quantizing import Forms, by_chance, held_as
-from pipeline.quantizing import check as check_quantize
+from pipeline.merging.trained_base import which_base
+from pipeline.output.layout import PlannedShard, describe, factor_bytes, plan_shards, tile_bytes
+from pipeline.output.quantizing import Forms, by_chance, held_as
+from pipeline.output.quantizing import check as check_quantize
+from pipeline.output.stream import Written, num_workers, write_shards
 from pipeline.stage import Save, stage
-from pipeline.stream import Written, num_workers, write_shards
-from pipeline.trained_base import which_base
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 

@@ -7,20 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.answering import answers
-from pipeline.comparing import Asked, Layerwise, read_prompts, read_text
 from pipeline.extraction.proving import extracted, proof
 from pipeline.ground.device import check_device
 from pipeline.ground.errors import Refused
 from pipeline.ground.gates import Limits
 from pipeline.ground.reference import Facts
 from pipeline.ground.report import Gate, Report, Status
-from pipeline.judging import LEAST, effect, figures, noteworthy, retained, rounding, unchanged_experts
-from pipeline.recomputing import Watching, converted, recompute
 from pipeline.stage import Verify, stage
 from pipeline.stages.verify.structure import effect as effect_of_all
 from pipeline.stages.verify.structure import files, hashes, report
-from pipeline.tiers import Seen, Tier, climb
+from pipeline.verification.answering import answers
+from pipeline.verification.comparing import Asked, Layerwise, read_prompts, read_text
+from pipeline.verification.judging import (
+    LEAST,
+    effect,
+    figures,
+    noteworthy,
+    retained,
+    rounding,
+    unchanged_experts,
+)
+from pipeline.verification.recomputing import Watching, converted, recompute
+from pipeline.verification.tiers import Seen, Tier, climb
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.diagnosing import belong, diagnose, surroundings
 from pipeline.extraction.proving import extracted, proof
 from pipeline.ground.compare import structure, unchanged
 from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.ground.survival import survival
 from pipeline.stage import Verify, stage
-from pipeline.untouched import untouched
+from pipeline.verification.diagnosing import belong, diagnose, surroundings
+from pipeline.verification.untouched import untouched
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.comparing import Asked
 from pipeline.ground.errors import Refused
-from pipeline.probing import Probing
 from pipeline.stage import stage
 from pipeline.stages.verify.standard import Standard, at_least_0, look_at_files
-from pipeline.tiers import Seen, Tier
+from pipeline.verification.comparing import Asked
+from pipeline.verification.probing import Probing
+from pipeline.verification.tiers import Seen, Tier
 
 PROMPTS = ("What is photosynthesis?", "Write a short letter to a friend.", "def fibonacci(n):")
 

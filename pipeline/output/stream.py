@@ -19,9 +19,9 @@ from pipeline.ground.progress import Progress
 from pipeline.ground.report import Action
 from pipeline.ground.shard_writer import ShardWriter
 from pipeline.ground.shards import Entry, Slot
-from pipeline.layout import PlannedShard
-from pipeline.place import Held, Place
-from pipeline.storing import Made, Storing, storing
+from pipeline.output.layout import PlannedShard
+from pipeline.output.place import Held, Place
+from pipeline.output.storing import Made, Storing, storing
 
 _COPY_CHUNK = 1 << 20
 

@@ -16,7 +16,7 @@ from pipeline.ground.folder import Folder
 from pipeline.ground.model_config import edited
 from pipeline.ground.report import Gate, Status
 from pipeline.ground.sidefiles import SideFile, brings_tokenizer, chosen
-from pipeline.pieces import FromAdapter, Merged
+from pipeline.merging.pieces import FromAdapter, Merged
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 _ELEMENTS = 1 << 15  # looked at in each weight

@@ -12,8 +12,8 @@ from pipeline.ground.outliers import alarms
 from pipeline.ground.reference import Facts, interval
 from pipeline.ground.report import Gate, Status
 from pipeline.ground.units import show_ulps
-from pipeline.pieces import Merged
-from pipeline.recomputing import by_chance
+from pipeline.merging.pieces import Merged
+from pipeline.verification.recomputing import by_chance
 from pipeline.weight import Output
 
 _AS_NEAR = "half a unit and the slack of a float32 sum"

@@ -13,7 +13,7 @@ from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.errors import Refused, each_once
 from pipeline.ground.module_names import Names, Site
 from pipeline.ground.names import is_conv1d, is_conv1d_layer, nearest
-from pipeline.pieces import FromAdapter, Placed
+from pipeline.merging.pieces import FromAdapter, Placed
 from pipeline.weight import Adapter, Checkpoint, Part, Weight
 
 # Models whose fused experts lie as (experts, in, out).

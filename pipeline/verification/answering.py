@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.combined import Combined
-from pipeline.comparing import Asked, Loaders, Skipped, compared, num_classes, num_parameters, num_trained
 from pipeline.ground import logits
 from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.gates import REPORTED, judge, limits_of
@@ -13,8 +11,18 @@ from pipeline.ground.identity import digest, files_in
 from pipeline.ground.merge_logits import Merge, as_text
 from pipeline.ground.peft_faults import fault
 from pipeline.ground.report import Gate, Status
-from pipeline.pieces import Merged
-from pipeline.same_base import of_base
+from pipeline.merging.combined import Combined
+from pipeline.merging.pieces import Merged
+from pipeline.verification.comparing import (
+    Asked,
+    Loaders,
+    Skipped,
+    compared,
+    num_classes,
+    num_parameters,
+    num_trained,
+)
+from pipeline.verification.same_base import of_base
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.ground.deltas.delta import Delta
 from pipeline.ground.deltas.saved import Saved
 from pipeline.ground.report import Finding
-from pipeline.pieces import FromAdapter
+from pipeline.merging.pieces import FromAdapter
 from pipeline.weight import Adapter, Checkpoint, Weight
 
 # PEFT's task_type: what transformers calls the class, and how its head may be called.

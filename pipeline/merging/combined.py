@@ -11,7 +11,7 @@ from pipeline.ground import tiles
 from pipeline.ground.combining import Combination
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.selecting import Spot
-from pipeline.pieces import Merged, Piece, Placed
+from pipeline.merging.pieces import Merged, Piece, Placed
 from pipeline.weight import Tile, Tiles
 
 if TYPE_CHECKING:

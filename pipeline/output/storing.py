@@ -20,8 +20,8 @@ from pipeline.ground.metrics import (
     tile_facts,
 )
 from pipeline.ground.rounding import Rounding, round_by_chance, round_to
-from pipeline.pieces import Merged
-from pipeline.place import Place
+from pipeline.merging.pieces import Merged
+from pipeline.output.place import Place
 from pipeline.simulated import Simulated
 from pipeline.weight import Tile, Tiles
 

@@ -16,9 +16,9 @@ from pipeline.ground.reference import Facts, Part, compare, every_row, sampled_r
 from pipeline.ground.report import Action, Gate, PlannedWeight, Status
 from pipeline.ground.rounding import Rounding, round_to
 from pipeline.ground.written import Standard, Written, standard_of
-from pipeline.pieces import FromAdapter, Merged
-from pipeline.retracing import Retraced, Traced, retraced
-from pipeline.stream import num_workers
+from pipeline.merging.pieces import FromAdapter, Merged
+from pipeline.output.stream import num_workers
+from pipeline.verification.retracing import Retraced, Traced, retraced
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from pipeline.ground.model_config import QUANTIZATION_KEYS
 from pipeline.ground.names import is_conv1d, nearest
 from pipeline.ground.report import Action, Finding
 from pipeline.ground.shards import Entry
-from pipeline.pieces import Merged
-from pipeline.place import Form, Held
+from pipeline.merging.pieces import Merged
+from pipeline.output.place import Form, Held
 from pipeline.weight import Checkpoint, Decoded, Dense, Weight
 
 KEEP = "keep"

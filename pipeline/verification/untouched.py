@@ -19,8 +19,8 @@ from pipeline.ground.parallel import plain_arithmetic
 from pipeline.ground.report import Action, Gate, Status
 from pipeline.ground.shards import Entry
 from pipeline.ground.written import Written
-from pipeline.quantizing import sources_of
-from pipeline.recomputing import other_values
+from pipeline.output.quantizing import sources_of
+from pipeline.verification.recomputing import other_values
 from pipeline.weight import Output, Weight
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from math import fsum
 
-from pipeline.binding import Bound, bind, unknown_modules
-from pipeline.combined import Combined
-from pipeline.contents import promises
 from pipeline.ground.combining import Combination
 from pipeline.ground.errors import Refused
 from pipeline.ground.report import Finding, unique
-from pipeline.heads import is_head, labels, with_heads
-from pipeline.pieces import Merged, Placed
-from pipeline.tying import EMBEDDINGS, HEADS, settle
+from pipeline.merging.binding import Bound, bind, unknown_modules
+from pipeline.merging.combined import Combined
+from pipeline.merging.contents import promises
+from pipeline.merging.heads import is_head, labels, with_heads
+from pipeline.merging.pieces import Merged, Placed
+from pipeline.merging.tying import EMBEDDINGS, HEADS, settle
 from pipeline.weight import Adapter, Checkpoint, Merging, Weight
 
 

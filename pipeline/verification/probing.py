@@ -18,8 +18,8 @@ from pipeline.ground.deltas.lora import Lora
 from pipeline.ground.dtypes import torch_dtype
 from pipeline.ground.probes import KINDS, Matrix, Outputs, aligned_probes, random_probes
 from pipeline.ground.report import Gate, Status
-from pipeline.pieces import Merged, Placed
-from pipeline.recomputing import Watch, by_chance, num_matrices
+from pipeline.merging.pieces import Merged, Placed
+from pipeline.verification.recomputing import Watch, by_chance, num_matrices
 from pipeline.weight import Output
 
 if TYPE_CHECKING:

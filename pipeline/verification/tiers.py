@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.ground.logits import Outcome
 from pipeline.ground.report import Gate, Status
-from pipeline.probing import Probing
+from pipeline.verification.probing import Probing
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 

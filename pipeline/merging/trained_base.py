@@ -14,7 +14,7 @@ from pipeline.ground.dtypes import DENSE_FLOATS
 from pipeline.ground.metrics import SAMPLED_ELEMENTS, SAMPLED_TILES, is_sampled
 from pipeline.ground.names import is_conv1d
 from pipeline.ground.report import Finding
-from pipeline.pieces import Merged
+from pipeline.merging.pieces import Merged
 from pipeline.simulated import Simulated
 from pipeline.weight import Adapter, Checkpoint, Decoded, Dense, Weight
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from pipeline.combined import Combined
-from pipeline.contents import audited, contents
 from pipeline.ground import dtypes
 from pipeline.ground.codes.encoders import encoder as codes
 from pipeline.ground.manifest import published
 from pipeline.ground.report import Plan, unique
 from pipeline.ground.rounding import Rounding, stream_of
 from pipeline.ground.shards import SINGLE, Entry, Shard, Slot, lay_out
-from pipeline.pieces import Merged
-from pipeline.place import Form, FormOf, Place, by_chance, parts_of
+from pipeline.merging.combined import Combined
+from pipeline.merging.contents import audited, contents
+from pipeline.merging.pieces import Merged
+from pipeline.output.place import Form, FormOf, Place, by_chance, parts_of
 from pipeline.weight import Adapter, Checkpoint, Part, ShardLayout, Weight
 
 _LARGEST_SHARD = 50 * 10**9  # bytes, where neither base nor recipe says; what transformers 5 does

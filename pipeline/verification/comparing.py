@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.deferring import Deferred
 from pipeline.ground import logits
 from pipeline.ground.device import memory_free, resolve_device
 from pipeline.ground.errors import Refused
@@ -20,8 +19,9 @@ from pipeline.ground.predicting import DoesNotFit, Form, InMemory, Load
 from pipeline.ground.texts import sample
 from pipeline.ground.units import show_bytes
 from pipeline.ground.unread import Stream
+from pipeline.verification.deferring import Deferred
+from pipeline.verification.whole import Whole
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
-from pipeline.whole import Whole
 
 _HELD = 4 << 30  # bytes of log-probabilities at once
 

@@ -11,7 +11,7 @@ from pipeline.ground.codes.encoders.encoder import Encoder, Part
 from pipeline.ground.report import Action, PlannedWeight
 from pipeline.ground.rounding import Rounding, takes_chance
 from pipeline.ground.shards import Entry, Slot
-from pipeline.pieces import FromAdapter, Merged
+from pipeline.merging.pieces import FromAdapter, Merged
 from pipeline.simulated import Simulated
 from pipeline.weight import Weight
 

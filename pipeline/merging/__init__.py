@@ -1,0 +1,1 @@
+"""Adapters bound to the weights of a checkpoint, and the weights that come of it."""

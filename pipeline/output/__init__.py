@@ -1,0 +1,1 @@
+"""How an output holds its weights, and the pass over them that writes it."""
