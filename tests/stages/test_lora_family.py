@@ -217,9 +217,7 @@ def test_dora_and_lora_on_one_weight_are_refused_because_their_order_would_matte
         tuned = get_peft_model(load_base(case, tmp_path / "base", torch.float32), lora(use_dora=True)())
         with_noise(tuned).save_pretrained(tmp_path / "dora")
     both = {tmp_path / "adapter": 1.0, tmp_path / "dora": 1.0}
-    with pytest.raises(
-        Refused, match=r"\.weight would get LoRA .* and DoRA .*, whose order .* \(14 of"
-    ):
+    with pytest.raises(Refused, match=r"\.weight would get LoRA .* and DoRA .*, whose order .* \(14 of"):
         quietly_merged(tmp_path / "base", both, tmp_path / "out")
 
 
