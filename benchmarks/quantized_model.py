@@ -33,11 +33,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.models import tensors
-from tests.quantizing import BNB, Base, Format, formats, is_linear, write_base, write_bitsandbytes
+from tests.quantizing import (
+    BNB,
+    Base,
+    Format,
+    awq_gemv,
+    formats,
+    gptq,
+    is_linear,
+    write_base,
+    write_bitsandbytes,
+)
 from tests.running import merge
 
 ADAPTER = ROOT / "quickstart/adapter"
 SCALE = 2.0  # alpha 16, rank 8
+
+
+GROUP = 64
+
+
+def widths() -> dict[str, Format]:
+    """Further widths of GPTQ's codes, and AWQ's other packing."""
+    told = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "sym": False, "group_size": GROUP}
+    awq = {"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": GROUP}
+    return {
+        **{f"GPTQ {bits} bit": Format(gptq(GROUP, bits=bits), {**told, "bits": bits}) for bits in (2, 3, 8)},
+        "AWQ gemv": Format(awq_gemv(GROUP), awq),
+    }
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -103,11 +126,13 @@ def row(name: str, make: Callable[[Path, Path], Base], dense: Path, folder: Path
 
 
 def main() -> None:
+    """All of them, or those whose names hold the first argument."""
     torch.set_num_threads(1)  # on a busy machine two wait for each other
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen: dict[str, Callable[[Path, Path], Base]] = {
         "none, bf16": lambda folder, dense: write_base(folder, tensors(dense), config_of(dense), plain),
         **{f"bnb {name}": partial(by_bitsandbytes, settings) for name, settings in BNB.items()},
-        **{name: partial(by_us, form) for name, form in formats(64).items()},
+        **{name: partial(by_us, form) for name, form in {**formats(GROUP), **widths()}.items()},
     }
     with tempfile.TemporaryDirectory() as scratch:
         dense = Path(scratch) / "dense"
@@ -118,6 +143,8 @@ def main() -> None:
         print("| format | base | KL(adapter, merged) | of KL(adapter, base) | top-1 | bits differ | s |")
         print("|---" * 7 + "|")
         for name, make in chosen.items():
+            if wanted not in name:
+                continue
             folder = Path(scratch) / "model"
             folder.mkdir()
             print(row(name, make, dense, folder, tokens), flush=True)

@@ -140,21 +140,21 @@ def int_quantized(weight: Tensor) -> Written:
     return Written({"weight": codes.to(torch.int8), "weight_scale": scale}, codes * scale.float())
 
 
-def gptq(group: int, act_order: bool = False) -> Callable[[Tensor], Written]:
-    """Version 2 of 4 bits; act-order: groups of inputs that do not stand together."""
+def gptq(group: int, act_order: bool = False, bits: int = 4) -> Callable[[Tensor], Written]:
+    """Version 2; act-order: groups of inputs that do not stand together."""
 
     def write(weight: Tensor) -> Written:
         inputs = weight.shape[1]
         order = torch.arange(inputs)
         if act_order:
             order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))
-        sorted_codes, scales, zeros = quantized(weight.float()[:, order], 4, group)
+        sorted_codes, scales, zeros = quantized(weight.float()[:, order], bits, group)
         codes, g_idx = torch.empty_like(sorted_codes), torch.empty_like(order)
         codes[:, order], g_idx[order] = sorted_codes, torch.arange(inputs) // group
         values = (codes - zeros[:, g_idx]).float() * scales.float()[:, g_idx]
         parts = {
-            "qweight": stream(codes, 4).t(),
-            "qzeros": stream(zeros.t().contiguous(), 4),
+            "qweight": stream(codes, bits).t(),
+            "qzeros": stream(zeros.t().contiguous(), bits),
             "scales": scales.t(),
             "g_idx": g_idx.int(),
         }
@@ -174,6 +174,21 @@ def awq(group: int) -> Callable[[Tensor], Written]:
             "qzeros": interleaved(zeros.t().contiguous()),
             "scales": scales.t(),
         }
+        return Written(parts, (codes - spread[0]).float() * spread[1])
+
+    return write
+
+
+def awq_gemv(group: int) -> Callable[[Tensor], Written]:
+    """For the gemv kernel: rows of nibbles, filled up to whole words, for small groups to several."""
+
+    def write(weight: Tensor) -> Written:
+        codes, scales, zeros = quantized(weight.float(), 4, group)
+        groups = scales.shape[1]
+        multiple = 8 * max(128 // group, 1)
+        filled = [torch.nn.functional.pad(t, (0, -groups % multiple)) for t in (zeros, scales)]
+        spread = [t.repeat_interleave(group, 1) for t in (zeros, scales.float())]
+        parts = {"qweight": stream(codes, 4), "qzeros": stream(filled[0], 4), "scales": filled[1]}
         return Written(parts, (codes - spread[0]).float() * spread[1])
 
     return write
