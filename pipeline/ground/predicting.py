@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.ground.errors import PipelineError
-from pipeline.ground.progress import working
+from pipeline.ground.progress import Progress, working
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,11 +67,15 @@ class InMemory:
     def predictions(self, model: Any, views: Sequence[View], what: str) -> list[Tensor]:
         import torch
 
-        found = []
-        with working(f"comparing logits: {what}"):
+        found, total = [], sum(ids.numel() for view in views for ids in view.batches)
+        with Progress(f"comparing logits: {what}", total, "tokens") as bar:
             for view in views:
                 view.turn()
-                found.append(torch.cat([predictions(model, ids) for ids in view.batches]))
+                parts = []
+                for ids in view.batches:
+                    parts.append(predictions(model, ids))
+                    bar.advance(ids.numel())
+                found.append(torch.cat(parts))
         return found
 
     def told(self) -> Mapping[str, Any]:
