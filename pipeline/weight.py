@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -27,6 +26,7 @@ from pipeline.ground.model_config import ConfigSource
 from pipeline.ground.report import Finding, Plan
 from pipeline.ground.shards import Entry, Shard
 from pipeline.ground.sidefiles import SideFile
+from pipeline.ground.tiles import as_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,11 +71,11 @@ class Weight(ABC):
 
     @property
     def num_rows(self) -> int:
-        return prod(self.shape[:-1]) if len(self.shape) > 1 else 1
+        return as_matrix(self.shape)[0]
 
     @property
     def num_columns(self) -> int:
-        return self.shape[-1] if self.shape else 1
+        return as_matrix(self.shape)[1]
 
     @property
     def grain(self) -> int:

@@ -21,7 +21,7 @@ from pipeline.ground import digests, merge_logits, reuse
 from pipeline.ground.files import File
 from pipeline.ground.identity import digest
 from pipeline.loading import load_checkpoint
-from pipeline.verification.same_base import of_base
+from pipeline.verification.base_as_model import of_base
 from tests.command import answer
 from tests.making import adapter_tensors, write_adapter
 from tests.models import write_llama, write_lora

@@ -18,6 +18,7 @@ from pipeline.ground.model_config import edited
 from pipeline.ground.peft_load import unplaced
 from pipeline.ground.report import Finding, Gate, Report, Status
 from pipeline.ground.sidefiles import write_side_files
+from pipeline.verification.base_as_model import of_base
 from pipeline.verification.comparing import (
     Asked,
     Loaders,
@@ -27,7 +28,6 @@ from pipeline.verification.comparing import (
     num_parameters,
     num_trained,
 )
-from pipeline.verification.same_base import of_base
 from pipeline.weight import Adapter, Output, Part
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,6 @@ from pathlib import Path
 from threading import Thread
 
 from pipeline.ground import identity, reuse
-from pipeline.ground.errors import PipelineError
 from pipeline.ground.files import File, read_into
 
 _CHUNK = 1 << 20  # between two looks at Python
@@ -59,12 +59,9 @@ def ahead(files: Iterable[File]) -> None:
 
     def all_of_them() -> None:
         for file, done in coming.items():
-            try:
+            with suppress(Exception):  # whoever needs the digest takes it anew, and meets what is wrong
                 _KNOWN[file] = _shared(file, lambda: False, _LONG_CHUNK)
-            except (OSError, PipelineError):
-                pass  # whoever needs the digest will meet it, and tell
-            finally:
-                done.set_result(None)
+            done.set_result(None)
 
     Thread(target=copy_context().run, args=(all_of_them,), name="digest", daemon=True).start()
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 TILE_ELEMENTS = (
     1 << 18
 )  # half a megabyte of bf16, one of float32: a tile and its parts stay in a core's cache
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a weight: rows run over all sides but the last; 0-d and 1-d weights are one row."""
+    return (prod(shape[:-1]) if len(shape) > 1 else 1), (shape[-1] if shape else 1)
 
 
 def tile_rows(num_columns: int, grain: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from pipeline.ground.tiles import grid
+from pipeline.ground.tiles import as_matrix, grid
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +31,11 @@ class Unread:
 
     @property
     def num_rows(self) -> int:
-        return prod(self.shape[:-1]) if len(self.shape) > 1 else 1
+        return as_matrix(self.shape)[0]
 
     @property
     def num_columns(self) -> int:
-        return self.shape[-1] if self.shape else 1
+        return as_matrix(self.shape)[1]
 
     def fill(self, out: Tensor) -> None:
         """Reads it into a tensor of its shape, tile by tile."""

@@ -13,6 +13,7 @@ from pipeline.ground.peft_faults import fault
 from pipeline.ground.report import Gate, Status
 from pipeline.merging.combined import Combined
 from pipeline.merging.pieces import Merged
+from pipeline.verification.base_as_model import of_base
 from pipeline.verification.comparing import (
     Asked,
     Loaders,
@@ -22,7 +23,6 @@ from pipeline.verification.comparing import (
     num_parameters,
     num_trained,
 )
-from pipeline.verification.same_base import of_base
 from pipeline.weight import Adapter, Checkpoint, Output, Weight
 
 

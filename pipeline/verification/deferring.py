@@ -14,7 +14,7 @@ from pipeline.ground.model_config import ConfigFile, edited
 from pipeline.ground.predicting import Load
 from pipeline.ground.unread import Stream, Unread
 from pipeline.loading import load_safetensors
-from pipeline.verification.same_base import with_room
+from pipeline.verification.base_as_model import with_room
 from pipeline.weight import Checkpoint, Output, Weight
 
 if TYPE_CHECKING:

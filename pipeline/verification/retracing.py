@@ -24,6 +24,7 @@ from pipeline.ground.retraced.adapter import Piece, Told, opened
 from pipeline.ground.retraced.pieces import Area, area_of, change_on, scaled
 from pipeline.ground.retraced.weights import Weights
 from pipeline.ground.selecting import Spot
+from pipeline.ground.tiles import as_matrix
 from pipeline.weight import Adapter, Checkpoint, Output, Part, Tiles, Weight
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ class Traced:
 
     @property
     def num_rows(self) -> int:
-        return prod(self.shape[:-1]) if len(self.shape) > 1 else 1
+        return as_matrix(self.shape)[0]
 
     @property
     def num_columns(self) -> int:
-        return self.shape[-1] if self.shape else 1
+        return as_matrix(self.shape)[1]
 
     @contextmanager
     def before(self) -> Iterator[Rows]:

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.ground.model_config import QUANTIZATION_KEYS, ConfigFile, edited
 from pipeline.ground.predicting import Load
 from pipeline.ground.written import Written
-from pipeline.verification.same_base import with_room
+from pipeline.verification.base_as_model import with_room
 from pipeline.weight import Checkpoint, Output, Weight
 
 _ALIGNMENT = 64  # bytes; torch's own on CPUs
