@@ -40,7 +40,10 @@ from tests.quantizing import (
     awq_gemv,
     formats,
     gptq,
+    hqq,
     is_linear,
+    torchao_float8,
+    torchao_intx,
     write_base,
     write_bitsandbytes,
 )
@@ -54,12 +57,15 @@ GROUP = 64
 
 
 def widths() -> dict[str, Format]:
-    """Further widths of GPTQ's codes, and AWQ's other packing."""
+    """Other widths and packings of the same formats."""
     told = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "sym": False, "group_size": GROUP}
     awq = {"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": GROUP}
     return {
         **{f"GPTQ {bits} bit": Format(gptq(GROUP, bits=bits), {**told, "bits": bits}) for bits in (2, 3, 8)},
         "AWQ gemv": Format(awq_gemv(GROUP), awq),
+        **{f"HQQ {bits} bit": Format(hqq(GROUP, bits), {"quant_method": "hqq"}) for bits in (8, 3, 2, 1)},
+        "torchao float8": Format(torchao_float8, {"quant_method": "torchao"}),
+        "torchao intx": Format(torchao_intx(GROUP), {"quant_method": "torchao"}),
     }
 
 

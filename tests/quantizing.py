@@ -194,8 +194,10 @@ def awq_gemv(group: int) -> Callable[[Tensor], Written]:
     return write
 
 
-def hqq(group: int) -> Callable[[Tensor], Written]:
-    """4 bits, groups along the rows, computed in bfloat16, which rounds twice."""
+def hqq(group: int, bits: int = 4) -> Callable[[Tensor], Written]:
+    """Groups along the rows, computed in bfloat16, which rounds twice; codes in planes, the first highest."""
+    top = 2**bits - 1
+    planes, dtype = (10, torch.int32) if bits == 3 else (8 // bits, torch.uint8)
 
     def text(characters: str) -> Tensor:
         return torch.tensor([ord(c) for c in characters], dtype=torch.uint8)
@@ -203,20 +205,22 @@ def hqq(group: int) -> Callable[[Tensor], Written]:
     def write(weight: Tensor) -> Written:
         flat = weight.float().view(-1, group)
         low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-        scale = ((high - low) / 15).bfloat16()
+        scale = ((high - low) / top).bfloat16()
         zero = (-low / scale.float()).bfloat16()
-        codes = (flat / scale.float() + zero.float()).round().clamp(0, 15)
+        codes = (flat / scale.float() + zero.float()).round().clamp(0, top)
         values = (codes.bfloat16() - zero) * scale
-        first, second = codes.to(torch.uint8).chunk(2)
+        filled = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % planes)).int().chunk(planes)
+        packed = sum(plane << bits * (planes - 1 - n) for n, plane in enumerate(filled))
+        assert isinstance(packed, Tensor)
         parts = {
-            "W_q": first << 4 | second,
+            "W_q": packed.to(dtype),
             "scale": scale,
             "zero": zero,
-            "nbits": torch.tensor(4, dtype=torch.int32),
+            "nbits": torch.tensor(bits, dtype=torch.int32),
             "group_size": torch.tensor(group, dtype=torch.int32),
             "shape": torch.tensor(weight.shape),
             "axis": torch.tensor(1, dtype=torch.int32),
-            "packing": text("4bit_u8"),
+            "packing": text("3bit_32" if bits == 3 else f"{bits}bit_u8"),
             "compute_dtype": text("torch.bfloat16"),
             "view_as_float": torch.tensor(0, dtype=torch.uint8),
         }
@@ -232,6 +236,33 @@ def torchao_int8(weight: Tensor) -> Written:
     told = {"block_size": [1, weight.shape[1]], "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
     parts = {"_weight_qdata": codes.to(torch.int8), "_weight_scale": scale}
     return Written(parts, codes * scale, {"_type": "Int8Tensor", "_data": told})
+
+
+def torchao_float8(weight: Tensor) -> Written:
+    """A scale for every row of e4m3 codes."""
+    scale = weight.float().abs().amax(1, keepdim=True) / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    told = {"block_size": [1, weight.shape[1]], "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
+    parts = {"_weight_qdata": codes, "_weight_scale": scale}
+    return Written(parts, codes.float() * scale, {"_type": "Float8Tensor", "_data": told})
+
+
+def torchao_intx(group: int, bits: int = 4) -> Callable[[Tensor], Written]:
+    """Codes of few bits in bytes, scales and zero points of groups."""
+
+    def write(weight: Tensor) -> Written:
+        codes, scales, zeros = quantized(weight.float(), bits, group)
+        spread = [t.repeat_interleave(group, 1) for t in (zeros, scales.float())]
+        told = {"block_size": [1, group], "dtype": {"_type": "torch.dtype", "_data": "float32"}}
+        parts = {
+            "_weight_qdata": codes.to(torch.int8),
+            "_weight_scale": scales.float(),
+            "_weight_zero_point": zeros.to(torch.int8),
+        }
+        values = (codes - spread[0]).float() * spread[1]
+        return Written(parts, values, {"_type": "IntxUnpackedToInt8Tensor", "_data": told})
+
+    return write
 
 
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
