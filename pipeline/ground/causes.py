@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite, sqrt
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import fsum, sqrt
 
-from pipeline.ground.diagnosis import SAME_FACTOR, Cause, Reading, Sample, Scaling, read, swapped
+from pipeline.ground.diagnosis import Cause, Reading, Sample, read
+from pipeline.ground.diagnosis_of_codes import read_codes
+from pipeline.ground.factors import SAME_FACTOR, Scaling, why
+from pipeline.ground.swapped import swapped
 
-_SURE = 0.1  # relative uncertainty of a scale that is taken from a weight
+_PERHAPS_ANOTHERS = (Cause.other_base, Cause.other_codes, Cause.mixed, Cause.permuted)
+_SURE = 0.1  # of the delta: what a scale that is taken from a weight may be off by
 
 
-def causes(samples: Iterable[Sample]) -> list[tuple[Cause, str]]:
+def look(sample: Sample) -> Reading:
+    """The likely cause of what is wrong with one weight, by itself."""
+    return read_codes(sample, sample.codes) if sample.codes else read(sample)
+
+
+def causes(taken: Sequence[Sample], looks: Sequence[Reading]) -> list[tuple[Cause, str]]:
     """What is wrong, told once for all weights that share it; the gravest first."""
-    taken = list(samples)
-    readings = _agreed(_exchanged(taken, [read(sample) for sample in taken]))
+    readings = _of_one_mind(_agreed(_exchanged(taken, looks)))
     merged = [r for r, s in zip(readings, taken, strict=True) if s.delta is not None]
     others = [r for r, s in zip(readings, taken, strict=True) if s.delta is None]
     found: list[tuple[Cause, str]] = []
@@ -29,10 +38,14 @@ def causes(samples: Iterable[Sample]) -> list[tuple[Cause, str]]:
             found.append((cause, _touched(some, others)))
         elif cause is Cause.other_base:
             found.append(_other_base(some, merged, others))
+        elif cause is Cause.other_codes:
+            found.append((cause, _other_codes(some, merged)))
         elif cause is Cause.scale:
             found += _scales(some, merged, {s.name: s.scaling for s in taken})
+        elif told := [r for r in some if r in merged]:
+            found.append((cause, _plain(cause, told, merged, _share(told, merged))))
         else:
-            found.append((cause, _plain(cause, some, merged if some[0] in merged else others)))
+            found.append((cause, _plain(cause, some, others, _share(some, others, "untouched"))))
     return found
 
 
@@ -40,7 +53,7 @@ def _exchanged(samples: Sequence[Sample], readings: Sequence[Reading]) -> list[R
     """The readings, those explained by another weight's delta put so."""
     alike: dict[tuple[str, tuple[int, ...]], list[Sample]] = {}
     for sample, reading in zip(samples, readings, strict=True):
-        if sample.delta is not None and reading.cause in (Cause.other_base, Cause.mixed, Cause.permuted):
+        if sample.delta is not None and reading.cause in _PERHAPS_ANOTHERS:
             alike.setdefault((re.sub(r"\d+", "#", sample.name), tuple(sample.base.shape)), []).append(sample)
     whose = {name: other for group in alike.values() for name, other in swapped(group).items()}
     return [Reading(r.name, Cause.swapped, detail=whose[r.name]) if r.name in whose else r for r in readings]
@@ -59,15 +72,22 @@ def _agreed(readings: Sequence[Reading]) -> list[Reading]:
     return [Reading(r.name, Cause.scale, common) if r.name in near else r for r in readings]
 
 
-def _share(some: Sequence[Reading], of: Sequence[Reading]) -> str:
+def _of_one_mind(readings: Sequence[Reading]) -> list[Reading]:
+    """The readings; codes that nothing explains are told as most of them are."""
+    unexplained = [r for r in readings if r.fit]
+    near = sum(r.cause is Cause.other_codes for r in unexplained)
+    cause = Cause.other_codes if 2 * near > len(unexplained) else Cause.other_base
+    return [replace(r, cause=cause) if r.fit else r for r in readings]
+
+
+def _share(some: Sequence[Reading], of: Sequence[Reading], kind: str = "merged") -> str:
     """ "all 14 merged weights", "7 of 14 merged weights, as x"."""
     if len(some) == len(of):
-        return f"all {len(of)} merged weights" if len(of) > 1 else some[0].name
-    return f"{len(some)} of {len(of)} merged weights, as {some[0].name}"
+        return f"all {len(of)} {kind} weights" if len(of) > 1 else some[0].name
+    return f"{len(some)} of {len(of)} {kind} weights, as {some[0].name}"
 
 
-def _plain(cause: Cause, some: list[Reading], of: list[Reading]) -> str:
-    where = _share(some, of)
+def _plain(cause: Cause, some: list[Reading], of: list[Reading], where: str) -> str:
     if cause is Cause.not_merged:
         trained = [r.name for r in some if any(part in r.name for part in ("embed", "lm_head", "wte"))]
         if trained and len(trained) == len(some):
@@ -85,7 +105,8 @@ def _plain(cause: Cause, some: list[Reading], of: list[Reading]) -> str:
         Cause.not_finite: f"{where}: holds infinite or NaN values; float16 overflows above 65504",
         Cause.quantized: f"{where}: has only sixteen values in a block: quantized to 4 bits after the merge",
         Cause.four_bit_base: f"{where}: the adapter was added to the base's 4-bit (NF4) form, not to this "
-        "base; give the quantized checkpoint as base_model if that was meant",
+        "base; if that was meant, give the quantized checkpoint as base_model, or dequantize=simulate",
+        Cause.four_bit_form: f"{where}: holds the base's 4-bit (NF4) form, not this base's values",
         Cause.permuted: f"{where}: {detail}, as in another format (rope's order of q and k, experts)",
         Cause.mixed: f"{where}: the delta is scrambled: {detail}",
         Cause.twice_rounded: f"{where}: rounded more than once" + (f": {detail}" if detail else ""),
@@ -110,7 +131,26 @@ def _other_base(some: list[Reading], merged: list[Reading], others: list[Reading
     if len(some) > len(merged) / 2 or (off and len(off) > len(others) / 2):
         also = f", and so do {len(off)} of {len(others)} weights that no delta touches" if off else ""
         return Cause.other_base, f"the adapter was added to another base: {left}{also}"
-    return Cause.unknown, _plain(Cause.unknown, some, merged)
+    return Cause.unknown, _plain(Cause.unknown, some, merged, _share(some, merged))
+
+
+def _other_codes(some: list[Reading], merged: list[Reading]) -> str:
+    fits = [r.fit for r in some if r.fit]
+    energy = fsum(fit.energy for fit in fits) or 1.0
+    holds, error = fsum(fit.kept for fit in fits) / energy, 2 * sqrt(fsum(f.variance for f in fits)) / energy
+    excess = sorted(fit.excess for fit in fits)[len(fits) // 2]
+    none, whole = (abs(holds - n) <= max(error, _SURE) for n in (0, 1))
+    told = (
+        "quantized by another rule, calibrated perhaps, merged in narrower arithmetic, or into another base"
+    )
+    if none and not whole:
+        told = "another adapter was merged, or none, and it was quantized by another rule or of another base"
+    elif none:
+        told += ", or another adapter"
+    return (
+        f"{_share(some, merged)}: neither the codes nearest to base + delta nor those of a known mistake, "
+        f"{excess:.2f} times as far off, holding {holds:.2f} (+- {error:.2f}) times the delta: {told}"
+    )
 
 
 def _scales(
@@ -131,35 +171,3 @@ def _scales(
 
 def _middle(group: list[Reading]) -> float:
     return sorted(r.factor for r in group)[len(group) // 2]
-
-
-def why(factor: float, scaling: Scaling | None) -> str:
-    """What makes a delta this many times what it should be; several things where they come to the same."""
-    known: list[tuple[float, str]] = [
-        (float(n), f"merged {w}") for n, w in ((2, "twice"), (3, "three times"))
-    ]
-    known.append((-1.0, "subtracted instead of added"))
-    if scaling:
-        right, root = scaling.scale, sqrt(scaling.rank)
-        plain_alpha, plain_rank = scaling.default_alpha, scaling.default_rank
-        known += [
-            (1 / right, "the scale was left out (alpha forgotten): B @ A was added as it is"),
-            (1 / scaling.alpha, "alpha was taken for 1"),
-            (root if scaling.stabilised else scaling.rank, "alpha was not divided by the rank"),
-            (1 / root, "scaled by alpha / rank, but the adapter says rslora, alpha / sqrt(rank)")
-            if scaling.stabilised
-            else (
-                root,
-                "scaled by alpha / sqrt(rank), as for rslora, but the adapter is plain, alpha / rank",
-            ),
-            (plain_alpha / scaling.alpha, "alpha_pattern was left out"),
-            (scaling.rank / plain_rank, "rank_pattern was left out of the scale"),
-        ]
-        if not scaling.stabilised:
-            known.append((1 / root, "its scale is too small by sqrt(rank)"))
-    matching = [
-        words
-        for value, words in known
-        if isfinite(value) and abs(value - 1) > SAME_FACTOR and abs(factor / value - 1) <= SAME_FACTOR
-    ]
-    return " or ".join(dict.fromkeys(matching)) or "a scale or weight that the recipe does not name"

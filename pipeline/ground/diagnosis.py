@@ -1,18 +1,20 @@
 """What is wrong with a merge that somebody else made, from samples of its weights in float64.
 
 Every weight is read by itself: by how much of the delta is in what was stored (a least-squares fit
-O - W = s D), and by whether rounding alone explains the rest. Causes are then told together, each with the
-weights that it holds for (causes.py). Nothing here reads a file.
+O - W = s D), and by whether rounding alone explains the rest; codes, whose rounding hides a delta, in
+diagnosis_of_codes.py. Causes are then told together, each with the weights that it holds for (causes.py).
+Nothing here reads a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.ground.factors import SAME_FACTOR, Scaling
 from pipeline.ground.reference import SLACK
 from pipeline.ground.rounding import round_to, ulp
 
@@ -20,12 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LOOSE = 9.0  # squared error over that of one rounding: what arithmetic in 16 bits may come to
-SAME_FACTOR = 0.02  # relative: two scales that are told to be the same
-_ALIKE = 0.95  # cosine of rows that are the same up to rounding and scale
+ALIKE = 0.95  # cosine of rows that are the same up to rounding and scale
+_MOSTLY = 0.9  # cosine of what is the same but for another rounding
 _GRID = 16  # values that a block of four-bit codes can have
 _BLOCK = 64
-_MOST_ALIKE = 512  # weights of one shape that are held against each other
-_GLANCE = 4096  # elements of each
 
 
 class Cause(Enum):
@@ -34,7 +34,9 @@ class Cause(Enum):
     not_finite = "not finite"
     quantized = "quantized"
     four_bit_base = "added to the base's four-bit form"
+    four_bit_form = "the base's four-bit form"
     other_base = "another base"
+    other_codes = "codes of another rule"
     not_merged = "not merged"
     scale = "scale"
     swapped = "swapped"
@@ -45,18 +47,14 @@ class Cause(Enum):
     unknown = "unknown"
 
 
-class Scaling(NamedTuple):
-    """What a LoRA's scale is made of: alpha / rank or, rank-stabilised, alpha / sqrt(rank)."""
+@dataclass(frozen=True)
+class Codes:
+    """The format that rows are held in."""
 
-    alpha: float
-    rank: int
-    stabilised: bool
-    default_alpha: float
-    default_rank: int
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (sqrt(self.rank) if self.stabilised else self.rank)
+    share: Callable[[Tensor, Tensor], float]
+    """share(base, delta): of the elements that stand there, those that the format makes of base + delta."""
+    noise: float
+    """<X - T, X - T> of T, what should stand there, and its own codes X"""
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,20 @@ class Sample:
     base: Tensor
     delta: Tensor | None
     stored: Tensor
-    dtype: str  # of what is stored
+    dtype: str  # of what is stored; of codes, what they are called
     scaling: Scaling | None = None
     whole: bool = False  # all rows of the weight
+    codes: Codes | None = None
+    four_bit: tuple[Callable[[], Tensor], ...] = ()  # the base in NF4, its scales as they are, and nested
+
+
+class Fit(NamedTuple):
+    """Of codes that nothing explains: how much of the delta they hold, and how far off they are."""
+
+    kept: float  # <O - W, D>
+    energy: float  # <D, D>
+    variance: float  # of kept, by the noise of the right codes
+    excess: float  # root of the squared error over that of the right codes
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Reading:
     factor: float = 1.0  # how many times the delta is in it
     detail: str = ""
     uncertain: float = 0.0  # what rounding may have done to the factor
+    fit: Fit | None = None
 
 
 def read(sample: Sample) -> Reading:
@@ -122,24 +132,30 @@ def _untouched(sample: Sample, E: Tensor, noise: float) -> Reading:
     off = float((E * E).sum())
     if off <= _LOOSE * noise:
         return Reading(sample.name, Cause.twice_rounded)
+    if _is_off_by_four_bits(sample, E):
+        return Reading(sample.name, Cause.four_bit_form)
     size = off / max(float((sample.base**2).sum()), 1e-300)
     return Reading(sample.name, Cause.touched, sqrt(size))
+
+
+def _is_off_by_four_bits(sample: Sample, off: Tensor) -> bool:
+    """Whether it is what four bits make of the base, and then some rounding."""
+    return any(_cosine(off, form() - sample.base) > _MOSTLY for form in sample.four_bit[:1])
 
 
 def _unexplained(sample: Sample, E: Tensor, D: Tensor, target: Tensor, noise: float) -> Reading:
     """Not the delta times a number: whose values these are."""
     name = sample.name
-    if sample.whole and _is_permutation(sample.stored, target):
+    if sample.whole and is_permutation(sample.stored, target):
         return Reading(name, Cause.permuted, detail="its rows stand in another order")
     if (
         sample.delta is not None
         and sample.delta.shape[0] == sample.delta.shape[1]
-        and _cosine(E, D.T) > _ALIKE
+        and _cosine(E, D.T) > ALIKE
     ):
         return Reading(name, Cause.mixed, detail="the delta was added transposed")
     other = E - D
-    off = nf4(sample.base) - sample.base if _cuts(sample) else None
-    if off is not None and _cosine(other, off) > 0.9:
+    if _is_off_by_four_bits(sample, other):
         return Reading(name, Cause.four_bit_base)
     if _in_row_space(E, D, noise):
         return Reading(name, Cause.mixed, detail="rows of A meet the wrong columns of B")
@@ -172,15 +188,15 @@ def _cosine(one: Tensor, other: Tensor) -> float:
     return float((one * other).sum()) / size if size else 0.0
 
 
-def _is_permutation(O: Tensor, target: Tensor) -> bool:  # noqa: E741
+def is_permutation(O: Tensor, target: Tensor, alike: float = 0.999) -> bool:  # noqa: E741
     """Whether the rows of O are those of the target up to rounding, and not all in their places."""
     import torch
 
     rows, others = (t / t.norm(dim=1, keepdim=True).clamp_min(1e-300) for t in (O, target))
     best = (rows @ others.T).max(1)
     moved = int((best.indices != torch.arange(len(O))).sum())
-    alike = bool((best.values > 0.999).all()) and len(set(best.indices.tolist())) > 0.95 * len(O)
-    return alike and moved > 0.05 * len(O)
+    paired = bool((best.values > alike).all()) and len(set(best.indices.tolist())) > 0.95 * len(O)
+    return paired and moved > 0.05 * len(O)
 
 
 def _in_row_space(E: Tensor, D: Tensor, noise: float) -> bool:
@@ -205,45 +221,3 @@ def _on_grid(values: Tensor) -> bool:
     blocks = values.reshape(-1, _BLOCK).sort(1).values
     distinct = (blocks.diff(dim=1) != 0).sum(1) + 1
     return bool(((distinct <= _GRID) & (distinct > 2)).double().mean() > 0.95)
-
-
-# QLoRA, appendix E (arXiv:2305.14314)
-_LEVELS = (
-    -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
-    0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
-)  # fmt: skip
-
-
-def nf4(W: Tensor) -> Tensor:
-    """W in NF4, blocks of 64 along the rows, without the second quantization of the scales."""
-    import torch
-
-    levels = W.new_tensor(_LEVELS)
-    blocks = W.reshape(-1, _BLOCK)
-    most = blocks.abs().amax(1, keepdim=True).clamp_min(1e-300)
-    nearest = torch.bucketize(blocks / most, (levels[1:] + levels[:-1]) / 2)
-    return (levels[nearest] * most).reshape(W.shape)
-
-
-def swapped(samples: Sequence[Sample]) -> dict[str, str]:
-    """Of weights of one shape, experts or layers: whose delta or whose values each got instead of its own."""
-    import torch
-
-    taken = [s for s in samples if s.delta is not None][:_MOST_ALIKE]
-    if len(taken) < 2:
-        return {}
-    deltas, moved = (torch.stack([t.flatten()[:_GLANCE] for t in ts]) for ts in _differences(taken))
-    targets = torch.stack([(s.base + s.delta).flatten()[:_GLANCE] for s in taken if s.delta is not None])
-    stored = torch.stack([s.stored.flatten()[:_GLANCE] for s in taken])
-    found: dict[str, str] = {}
-    for ours, theirs, enough in ((moved, deltas, _ALIKE), (stored, targets, 0.999)):
-        rows, others = (t / t.norm(dim=1, keepdim=True).clamp_min(1e-300) for t in (ours, theirs))
-        best = (rows @ others.T).max(1)
-        for n, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            if index != n and value > enough:
-                found.setdefault(taken[n].name, taken[index].name)
-    return found
-
-
-def _differences(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
-    return [s.delta for s in samples if s.delta is not None], [s.stored - s.base for s in samples]

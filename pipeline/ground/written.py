@@ -76,23 +76,29 @@ class Standard:
     ) -> None:
         """Adds one sample to the facts; as `reference.compare`, the stored rows decoded."""
         W, O = base.double(), stored.double()  # noqa: E741
-        target, terms = W + delta, W.abs() + size
+        target = W + delta
+        error = (O - target).abs()
+        own = self.nearest(target, start)
+        facts.least_noise += float(((own - target) ** 2).sum()) + own.numel() * self.slack**2
+        facts.coded = True
+        facts.elements += stored.numel()
+        facts.beyond += int((~(error <= self.allowed(target, W.abs() + size, start))).sum())
+        facts.noise += float((error * error).sum())
+        gather(facts, W, O, self.nearest(W, start), delta.expand(W.shape), own, self.slack)
+
+    def nearest(self, values: Tensor, start: int) -> Tensor:
+        """What the format's own codes of these rows mean, float64, before scales are quantized too."""
+        return self.encoder.decoded(self.encode(values.float(), start, None), start).double()
+
+    def allowed(self, target: Tensor, terms: Tensor, start: int) -> Tensor:
+        """How far each element of rows `start:` may be off; `terms` is what a float32 sum's slack is of."""
         encoder, encode = self.over or (self.encoder, self.encode)
         encoded = encode(target.float(), start, None)
-        error = (O - target).abs()
         allowed = (encoder.decoded(encoded, start).double() - target).abs()
         if self.by_chance:
             allowed = allowed.maximum(encoder.step(target, encoded, start))
         allowed += self.slack + _SCALES * SLACK * terms.amax(1, keepdim=True)
-        allowed += encoder.blur * target.abs().amax(1, keepdim=True)
-        own = self.encoder.decoded(self.encode(target.float(), start, None), start).double()
-        facts.least_noise += float(((own - target) ** 2).sum()) + own.numel() * self.slack**2
-        unmerged = self.encoder.decoded(self.encode(base.float(), start, None), start)
-        facts.coded = True
-        facts.elements += stored.numel()
-        facts.beyond += int((~(error <= allowed)).sum())
-        facts.noise += float((error * error).sum())
-        gather(facts, W, O, unmerged.double(), delta.expand(W.shape), own, self.slack)
+        return allowed + encoder.blur * target.abs().amax(1, keepdim=True)
 
 
 @contextmanager

@@ -3,54 +3,99 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
+from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.ground import belongings
-from pipeline.ground.causes import causes
+from pipeline.ground.causes import causes, look
+from pipeline.ground.codes.encoders.encoder import Encoder
 from pipeline.ground.deltas.lora import Lora
-from pipeline.ground.diagnosis import Sample, Scaling
+from pipeline.ground.diagnosis import Codes, Reading, Sample
+from pipeline.ground.factors import Scaling
 from pipeline.ground.folder import Folder
 from pipeline.ground.model_config import edited
+from pipeline.ground.parallel import in_order, plain_arithmetic
+from pipeline.ground.progress import Progress
+from pipeline.ground.reference import size_of_terms
 from pipeline.ground.report import Gate, Status
 from pipeline.ground.sidefiles import SideFile, brings_tokenizer, chosen
+from pipeline.ground.written import Standard, Written, standard_of
 from pipeline.merging.pieces import FromAdapter, Merged
-from pipeline.weight import Adapter, Checkpoint, Output, Weight
+from pipeline.output.stream import num_workers
+from pipeline.simulated import Simulated
+from pipeline.verification.recomputing import by_chance
+from pipeline.weight import Adapter, Checkpoint, Dense, Output, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ELEMENTS = 1 << 15  # looked at in each weight
 _MOST = 512  # weights looked at
+_BLOCK = 64  # of NF4, as bitsandbytes has it
 _EXPERTS = 64  # experts of a fused weight looked at
 _FLOATS = ("F64", "F32", "BF16", "F16")
+_Standard = Callable[[], AbstractContextManager[Standard]]
 _HEADS = ("lm_head.weight", "model.embed_tokens.weight")
 
 
 def diagnose(output: Output, base: Checkpoint[Weight]) -> tuple[str, ...]:
     """The likely causes of a failed gate, the gravest first; empty where nothing known fits."""
-    folder = Folder(output.folder)
-    facts = list(folder.facts())
-    found = {name: shape for name, _, shape in facts}
+    folder = Written(output.folder)
+    found = {name: shape for name, _, shape in folder.facts()}
     planned = {part.name: part.shape for w in output.plan.weights for part in w.tensors}
     told = belongings.names(planned, found, _read(output.folder / "config.json") or {})
-    dtypes = {name: dtype for name, dtype, shape in facts if dtype in _FLOATS and shape == planned.get(name)}
-    told += [words for _, words in causes(_samples(output, base, folder, dtypes))]
-    return tuple(told)
+    return tuple(told + [words for _, words in causes(*_looked_at(output, base, folder))])
 
 
-def _samples(
-    output: Output, base: Checkpoint[Weight], folder: Folder, dtypes: Mapping[str, str]
-) -> Iterator[Sample]:
+def _looked_at(
+    output: Output, base: Checkpoint[Weight], folder: Written
+) -> tuple[list[Sample], list[Reading]]:
     """The same rows of weights that differ in a number alone, so that they can be told from each other."""
     bases = {weight.name: weight for weight in base.weights}
-    weights = [w for w in output.merged.weights if w.name in dtypes and w.num_rows and w.num_columns]
+    forms = _forms(output, folder)
+    weights = [w for w in output.merged.weights if w.name in forms and w.num_rows and w.num_columns]
+    weights = [w for w in weights if not isinstance(w, FromAdapter) or _has_before(w, bases)]
     changed = [w for w in weights if isinstance(w, Merged | FromAdapter)]
     others = [w for w in weights if not isinstance(w, Merged | FromAdapter)]
-    for weight in (*_ends(changed), *_ends(others)):
-        before = bases.get(weight.name)
-        if isinstance(weight, FromAdapter) and (before is None or before.shape != weight.shape):
-            continue
-        yield from _of(weight, before or weight, output, folder, dtypes[weight.name])
+    chosen = [(w, bases.get(w.name, w)) for w in (*_ends(changed), *_ends(others))]
+
+    def task(weight: Weight, before: Weight) -> list[tuple[Sample, Reading]]:
+        return [(s, look(s)) for s in _of(weight, before, output, folder, forms[weight.name])]
+
+    samples, readings = list[Sample](), list[Reading]()
+    tasks = (partial(task, *pair) for pair in chosen)
+    with (
+        Progress("looking for the cause", len(chosen), "weights") as bar,
+        plain_arithmetic(),
+        in_order(tasks, num_workers(), num_workers()) as done,
+    ):
+        for seen in done:
+            samples += [sample for sample, _ in seen]
+            readings += [reading for _, reading in seen]
+            bar.advance(1)
+    return samples, readings
+
+
+def _has_before(weight: Weight, bases: Mapping[str, Weight]) -> bool:
+    return weight.name in bases and bases[weight.name].shape == weight.shape
+
+
+def _forms(output: Output, folder: Written) -> dict[str, str | Encoder]:
+    """The weights that can be looked at: of which dtype they are, or the encoder of their codes."""
+    facts = {name: (dtype, shape) for name, dtype, shape in folder.facts()}
+    found: dict[str, str | Encoder] = {}
+    for weight in output.plan.weights:
+        dtype, shape = facts.get(weight.name, ("", ()))
+        if weight.encoder and weight.name in folder.codes:
+            found[weight.name] = weight.encoder
+        elif dtype in _FLOATS and shape == weight.shape:
+            found[weight.name] = dtype
+    return found
 
 
 def _ends(weights: Sequence[Weight]) -> Sequence[Weight]:
@@ -58,10 +103,16 @@ def _ends(weights: Sequence[Weight]) -> Sequence[Weight]:
     return weights if len(weights) <= _MOST else [*weights[:half], *weights[-half:]]
 
 
-def _of(weight: Weight, before: Weight, output: Output, folder: Folder, dtype: str) -> Iterator[Sample]:
+def _of(
+    weight: Weight, before: Weight, output: Output, folder: Written, form: str | Encoder
+) -> Iterator[Sample]:
     wide = replace(weight, arithmetic="F64") if isinstance(weight, Merged) else weight
-    with wide.open("cpu") as tiles, before.open("cpu") as bases:
-        for name, start, stop in _places(weight):
+    chance, encoder = weight.name in by_chance(output), form if isinstance(form, Encoder) else None
+    with ExitStack() as stack:
+        tiles, bases = (stack.enter_context(w.open("cpu")) for w in (wide, before))
+        held = stack.enter_context(folder.opened(weight.name))
+        standard = partial(standard_of, encoder, folder.codes[weight.name], chance) if encoder else None
+        for name, start, stop in _places(weight, encoder.grain if encoder else 1):
             tile = tiles(start, stop)
             if isinstance(weight, FromAdapter):
                 W = bases(start, stop).value.double()
@@ -69,14 +120,49 @@ def _of(weight: Weight, before: Weight, output: Output, folder: Folder, dtype: s
             else:
                 W = tile.base.double()
                 delta = tile.value.double() - W if isinstance(weight, Merged) else None
-            stored = folder.rows(weight.name, start, stop).double().view(W.shape)
-            whole = stop - start == weight.num_rows
-            yield Sample(name, W, delta, stored, dtype, _scaling(weight, output), whole)
+            stored = held(start, stop).double().view(W.shape)
+            yield Sample(
+                name,
+                W,
+                delta,
+                stored,
+                form if isinstance(form, str) else form.describe,
+                _scaling(weight, output),
+                stop - start == weight.num_rows,
+                _codes(standard, W if delta is None else W + delta, stored, start) if standard else None,
+                _four_bit(before, start, stop),
+            )
 
 
-def _places(weight: Weight) -> list[tuple[str, int, int]]:
+def _codes(standard: _Standard, target: Tensor, stored: Tensor, start: int) -> Codes:
+    """The format of the rows from `start`, to ask it what it makes of other values."""
+
+    def share(base: Tensor, delta: Tensor) -> float:
+        values, terms = base + delta, base.abs() + size_of_terms(base, delta)
+        with standard() as known:
+            near = (stored - values).abs() <= known.allowed(values, terms, start)
+        return float(near.double().mean())
+
+    with standard() as known:
+        return Codes(share, float((known.nearest(target, start) - target).square().sum()))
+
+
+def _four_bit(base: Weight, start: int, stop: int) -> tuple[Callable[[], Tensor], ...]:
+    """Rows of a base of plain numbers as bitsandbytes loads them in NF4, scales plain and nested."""
+    if not isinstance(base, Dense) or any(row * base.num_columns % _BLOCK for row in (start, stop)):
+        return ()
+
+    def form(nested: bool) -> Tensor:
+        simulated = Simulated(base.name, base.shape, base.dtype, base, "nf4", _BLOCK, nested)
+        with simulated.open("cpu") as tiles:
+            return tiles(start, stop).value.double()
+
+    return partial(form, False), partial(form, True)
+
+
+def _places(weight: Weight, grain: int) -> list[tuple[str, int, int]]:
     """Rows to look at: the middle of a matrix, the first rows of each expert of a fused weight."""
-    grain, rows = weight.grain, weight.num_rows
+    grain, rows = lcm(weight.grain, grain), weight.num_rows
     if len(weight.shape) == 3 and weight.shape[1] % grain == 0:
         each = weight.shape[1]
         count = min(max(_ELEMENTS // 4 // weight.num_columns // grain, 1) * grain, each)
@@ -130,7 +216,7 @@ def belong(output: Output) -> list[Gate]:
     return [Gate("config", Status.passed, "config and tokenizer fit the weights", wanted)]
 
 
-def _same_heads(output: Output, shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
+def _same_heads(output: Output, shapes: dict[str, tuple[int, ...]]) -> bool | None:
     if not all(name in shapes for name in _HEADS):
         return None
     if shapes[_HEADS[0]] != shapes[_HEADS[1]]:

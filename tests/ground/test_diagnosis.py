@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from pipeline.ground import belongings
-from pipeline.ground.causes import causes, why
-from pipeline.ground.diagnosis import Cause, Sample, Scaling, read
+from pipeline.ground.causes import causes, look
+from pipeline.ground.diagnosis import Cause, Sample, read
+from pipeline.ground.factors import Scaling, why
 from pipeline.ground.rounding import round_to
 
 
@@ -23,6 +26,10 @@ def sample(
     return Sample(
         name, W, D, round_to(W + factor * D, dtype).double(), dtype, Scaling(8, 4, False, 8, 4), True
     )
+
+
+def told(samples: Sequence[Sample]) -> list[tuple[Cause, str]]:
+    return causes(samples, [look(sample) for sample in samples])
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -41,13 +48,13 @@ def test_the_factor_is_estimated(dtype: str, factor: float) -> None:
 
 def test_scrambled_experts_are_told_from_each_other() -> None:
     taken = [sample(f"model.layers.0.mlp.experts.{n}.up_proj.weight", seed=n) for n in range(8)]
-    assert causes(taken) == []
+    assert told(taken) == []
     mixed = [
         Sample(s.name, s.base, s.delta, round_to(s.base + o.delta, "BF16").double(), "BF16", whole=True)
         for s, o in zip(taken, [*taken[1:], taken[0]], strict=True)
         if o.delta is not None
     ]
-    [(cause, words)] = causes(mixed)
+    [(cause, words)] = told(mixed)
     assert cause is Cause.swapped
     assert (
         "all 8 merged weights: experts are scrambled: model.layers.0.mlp.experts.0.up_proj.weight got"
@@ -58,7 +65,7 @@ def test_scrambled_experts_are_told_from_each_other() -> None:
 
 def test_weights_that_share_a_cause_are_told_once() -> None:
     taken = [sample(f"model.layers.{n}.q", factor=2.0 if n < 5 else 1.0, seed=n) for n in range(8)]
-    [(cause, words)] = causes(taken)
+    [(cause, words)] = told(taken)
     assert cause is Cause.scale
     assert words.startswith(
         "5 of 8 merged weights, as model.layers.0.q: holds 2 times the delta: merged twice"
@@ -70,11 +77,11 @@ def test_deltas_that_rounding_nearly_swallowed_agree_with_the_others() -> None:
     sizes = [1e-2, 3e-4, 1e-4, 1e-2, 3e-5, 1e-2, 1e-2, 1e-4]
     taken = [sample(f"layers.{n}.q", factor=2.0, seed=n, size=size) for n, size in enumerate(sizes)]
     assert len({read(one).cause for one in taken}) > 1
-    [(cause, words)] = causes(taken)
+    [(cause, words)] = told(taken)
     assert cause is Cause.scale
     assert words.startswith("all 8 merged weights: holds 2 times the delta: merged twice")
     halves = [sample(f"layers.{n}.q", factor=2.0 * (n % 2), seed=n) for n in range(8)]
-    assert {cause for cause, _ in causes(halves)} == {Cause.scale, Cause.not_merged}
+    assert {cause for cause, _ in told(halves)} == {Cause.scale, Cause.not_merged}
 
 
 def test_factors_that_mean_the_same_are_all_named() -> None:
