@@ -6,7 +6,7 @@ makes of all that may have been put into it, and the one whose codes these are i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import inf, sqrt
 from operator import itemgetter
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 _FEW = 0.01  # of the codes may be others, and a tenth of those that speak against what should stand there
 _LOOSE = 2.5  # squared error over that of the nearest codes; rounding by chance comes to twice theirs
+_KEPT = 5  # of what may have been encoded is tried with other roundings
 _STEPS, _ZOOMS = 16, 4  # in which the factor of a delta is looked for
 _HOPELESS = 0.5  # of the codes are others: no factor near will explain them
+_SHARP = 0.25  # of the delta: a fit that is as good as this tells it from none, and from all
 _DEVIATIONS = 8.0  # from the fitted factor, within which it lies
 
 _Candidate = tuple[Reading, "Tensor", "Tensor"]  # what is wrong if these are codes of base + delta
@@ -61,16 +63,19 @@ def read_codes(sample: Sample, codes: Codes) -> Reading:
     if not wrong:
         return Reading(name, None)
     best, missed, enough = Reading(name, Cause.unknown), 1.0, min(_FEW, wrong / 10)
-    candidates = list[_Candidate]()
+    candidates: Iterable[_Candidate] = _candidates(sample, D)
     for rounded in _ROUNDED:
-        for reading, base, delta in candidates or _kept(_candidates(sample, D), candidates):
+        tried = list[tuple[float, _Candidate]]()
+        for reading, base, delta in candidates:
             now = 1 - codes.share(*rounded(base, delta))
+            tried.append((now, (reading, base, delta)))
             if now < missed:
                 best, missed = replace(reading, detail=reading.detail or rounded.how), now
             if not missed:
                 break
         if not missed or (missed <= enough and best.cause is not Cause.twice_rounded):
             break
+        candidates = [candidate for _, candidate in sorted(tried, key=itemgetter(0))[:_KEPT]]
     if missed > enough or (missed and best.cause is Cause.scale):
         near = (best.factor, abs(best.factor) / 2) if missed <= enough else None
         best, missed = min((best, missed), _fitted(sample, codes, near), key=itemgetter(1))
@@ -98,12 +103,6 @@ def _candidates(sample: Sample, D: Tensor) -> Iterator[_Candidate]:
         yield told, round_to(values, "BF16").double(), D
 
 
-def _kept(candidates: Iterator[_Candidate], tried: list[_Candidate]) -> Iterator[_Candidate]:
-    for candidate in candidates:
-        tried.append(candidate)
-        yield candidate
-
-
 def _fitted(sample: Sample, codes: Codes, near: tuple[float, float] | None) -> tuple[Reading, float]:
     """(reading, misses): the factor of the delta that explains most codes; near a least-squares fit, or
     within `near`, (factor, reach).
@@ -115,6 +114,8 @@ def _fitted(sample: Sample, codes: Codes, near: tuple[float, float] | None) -> t
     energy = float((D * D).sum())
     fit = float(((sample.stored - W) * D).sum()) / energy
     middle, reach = near or (fit, max(_DEVIATIONS * sqrt(codes.noise / D.numel() / energy), SAME_FACTOR))
+    if reach < _SHARP and min(abs(middle), abs(middle - 1)) <= reach:
+        return nothing
     for rounded in _ROUNDED[:2]:
         factor, width = middle, reach
         for _ in range(_ZOOMS):
