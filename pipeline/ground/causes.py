@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import fsum, sqrt
 
-from pipeline.ground.diagnosis import Cause, Reading, Sample, read
+from pipeline.ground.diagnosis import NF4, Cause, Reading, Sample, read
 from pipeline.ground.diagnosis_of_codes import read_codes
 from pipeline.ground.factors import SAME_FACTOR, Scaling, why
 from pipeline.ground.swapped import swapped
@@ -73,11 +73,17 @@ def _agreed(readings: Sequence[Reading]) -> list[Reading]:
 
 
 def _of_one_mind(readings: Sequence[Reading]) -> list[Reading]:
-    """The readings; codes that nothing explains are told as most of them are."""
+    """The readings; codes that several things explain, or nothing, are told as most of them are."""
+    votes = Counter(_told(r) for r in readings)
+    readings = [max((r, *r.also), key=lambda one: votes[_told(one)]) for r in readings]
     unexplained = [r for r in readings if r.fit]
     near = sum(r.cause is Cause.other_codes for r in unexplained)
     cause = Cause.other_codes if 2 * near > len(unexplained) else Cause.other_base
     return [replace(r, cause=cause) if r.fit else r for r in readings]
+
+
+def _told(reading: Reading) -> tuple[Cause | None, str, str]:
+    return reading.cause, f"{reading.factor:.3g}", reading.detail
 
 
 def _share(some: Sequence[Reading], of: Sequence[Reading], kind: str = "merged") -> str:
@@ -104,9 +110,10 @@ def _plain(cause: Cause, some: list[Reading], of: list[Reading], where: str) -> 
     return {
         Cause.not_finite: f"{where}: holds infinite or NaN values; float16 overflows above 65504",
         Cause.quantized: f"{where}: has only sixteen values in a block: quantized to 4 bits after the merge",
-        Cause.four_bit_base: f"{where}: the adapter was added to the base's 4-bit (NF4) form, not to this "
-        "base; if that was meant, give the quantized checkpoint as base_model, or dequantize=simulate",
-        Cause.four_bit_form: f"{where}: holds the base's 4-bit (NF4) form, not this base's values",
+        Cause.coded_base: f"{where}: the adapter was added to the base's {detail} form, not to this base; "
+        "if that was meant, give the quantized checkpoint as base_model"
+        + (", or dequantize=simulate" if detail == NF4 else ""),
+        Cause.coded_form: f"{where}: holds the base's {detail} form, not this base's values",
         Cause.permuted: f"{where}: {detail}, as in another format (rope's order of q and k, experts)",
         Cause.mixed: f"{where}: the delta is scrambled: {detail}",
         Cause.twice_rounded: f"{where}: rounded more than once" + (f": {detail}" if detail else ""),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _LOOSE = 9.0  # squared error over that of one rounding: what arithmetic in 16 bits may come to
 ALIKE = 0.95  # cosine of rows that are the same up to rounding and scale
 _MOSTLY = 0.9  # cosine of what is the same but for another rounding
+NF4 = "4-bit (NF4)"  # what people call it
 _GRID = 16  # values that a block of four-bit codes can have
 _BLOCK = 64
 
@@ -33,8 +34,8 @@ class Cause(Enum):
 
     not_finite = "not finite"
     quantized = "quantized"
-    four_bit_base = "added to the base's four-bit form"
-    four_bit_form = "the base's four-bit form"
+    coded_base = "added to a coded form of the base"
+    coded_form = "a coded form of the base"
     other_base = "another base"
     other_codes = "codes of another rule"
     not_merged = "not merged"
@@ -52,7 +53,9 @@ class Codes:
     """The format that rows are held in."""
 
     share: Callable[[Tensor, Tensor], float]
-    """share(base, delta): of the elements that stand there, those that the format makes of base + delta."""
+    """share(base, delta): of the elements that stand there, those that the format makes of base + delta"""
+    nearest: Callable[[Tensor], Tensor]
+    """what the format makes of values"""
     noise: float
     """<X - T, X - T> of T, what should stand there, and its own codes X"""
 
@@ -91,6 +94,7 @@ class Reading:
     detail: str = ""
     uncertain: float = 0.0  # what rounding may have done to the factor
     fit: Fit | None = None
+    also: tuple[Reading, ...] = ()  # what else it may be
 
 
 def read(sample: Sample) -> Reading:
@@ -133,7 +137,7 @@ def _untouched(sample: Sample, E: Tensor, noise: float) -> Reading:
     if off <= _LOOSE * noise:
         return Reading(sample.name, Cause.twice_rounded)
     if _is_off_by_four_bits(sample, E):
-        return Reading(sample.name, Cause.four_bit_form)
+        return Reading(sample.name, Cause.coded_form, detail=NF4)
     size = off / max(float((sample.base**2).sum()), 1e-300)
     return Reading(sample.name, Cause.touched, sqrt(size))
 
@@ -156,7 +160,7 @@ def _unexplained(sample: Sample, E: Tensor, D: Tensor, target: Tensor, noise: fl
         return Reading(name, Cause.mixed, detail="the delta was added transposed")
     other = E - D
     if _is_off_by_four_bits(sample, other):
-        return Reading(name, Cause.four_bit_base)
+        return Reading(name, Cause.coded_base, detail=NF4)
     if _in_row_space(E, D, noise):
         return Reading(name, Cause.mixed, detail="rows of A meet the wrong columns of B")
     size = sqrt(float((other * other).sum()) / max(float((sample.base**2).sum()), 1e-300))
@@ -171,6 +175,10 @@ def _rounded_how(sample: Sample, target: Tensor) -> str:
         first = round_to(sample.delta, dtype).double()
         if bool((round_to(W + first, dtype).double() == O).double().mean() > 0.999):
             return f"the delta was rounded to {dtype} before it was added, as PEFT's safe_merge does"
+    for narrow in ("BF16", "F16"):
+        base = round_to(W, narrow).double()
+        if bool((round_to(base + sample.delta, dtype).double() == O).double().mean() > 0.999):
+            return f"the base was rounded to {narrow} before the delta was added, as dequantizing first does"
     return "arithmetic in 16 bits"
 
 

@@ -13,7 +13,7 @@ from operator import itemgetter
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from pipeline.ground.diagnosis import Cause, Codes, Fit, Reading, Sample, is_permutation
+from pipeline.ground.diagnosis import NF4, Cause, Codes, Fit, Reading, Sample, is_permutation
 from pipeline.ground.factors import SAME_FACTOR, known
 from pipeline.ground.rounding import round_to
 
@@ -33,24 +33,31 @@ _Candidate = tuple[Reading, "Tensor", "Tensor"]  # what is wrong if these are co
 
 @dataclass(frozen=True)
 class _Rounded:
-    """Base and delta as they were added, and the sum before it was encoded."""
+    """The dtypes that base, delta and sum were rounded to before the sum was encoded; "" for none."""
 
-    delta: str = ""
-    sum: str = ""
-    how: str = ""
+    base: str
+    delta: str
+    sum: str
+    how: str
 
     def __call__(self, W: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-        D = round_to(D, self.delta).double() if self.delta else D
+        W, D = (round_to(t, to).double() if to else t for t, to in ((W, self.base), (D, self.delta)))
         return (round_to(W + D, self.sum).double(), 0 * D) if self.sum else (W, D)
 
 
-_ROUNDED = (
-    _Rounded(),
-    _Rounded("", "BF16", "it was rounded to BF16 before it was quantized"),
-    _Rounded("", "F16", "it was rounded to F16 before it was quantized"),
-    _Rounded("BF16", "BF16", "delta and sum were rounded to BF16 before it was quantized"),
-    _Rounded("F16", "F16", "delta and sum were rounded to F16 before it was quantized"),
-)
+def _in(dtype: str) -> tuple[_Rounded, ...]:
+    return (
+        _Rounded(
+            dtype, "", "", f"the base was rounded to {dtype} before the delta was added, as PEFT does it"
+        ),
+        _Rounded("", "", dtype, f"it was rounded to {dtype} before it was quantized"),
+        _Rounded("", dtype, dtype, f"delta and sum were rounded to {dtype} before it was quantized"),
+    )
+
+
+_EXACT = _Rounded("", "", "", "")
+_NARROW = (*_in("BF16"), *_in("F16"))
+_SUM_IN_BF16 = _NARROW[1]
 
 
 def read_codes(sample: Sample, codes: Codes) -> Reading:
@@ -62,31 +69,39 @@ def read_codes(sample: Sample, codes: Codes) -> Reading:
     wrong = 1 - codes.share(W, D)
     if not wrong:
         return Reading(name, None)
-    best, missed, enough = Reading(name, Cause.unknown), 1.0, min(_FEW, wrong / 10)
-    candidates: Iterable[_Candidate] = _candidates(sample, D)
-    for rounded in _ROUNDED:
+    enough = min(_FEW, wrong / 10)
+    if found := sorted(_explaining(sample, D, codes, enough), key=itemgetter(0)):
+        best, *others = (reading for _, reading in found)
+        return replace(best, also=tuple(others))
+    if wrong <= _FEW:
+        return Reading(name, Cause.twice_rounded, detail="some of its codes are not the nearest")
+    return _unexplained(sample, codes)
+
+
+def _explaining(sample: Sample, D: Tensor, codes: Codes, enough: float) -> list[tuple[float, Reading]]:
+    """(misses, reading) of all that leave few enough codes unexplained."""
+    found = list[tuple[float, Reading]]()
+    candidates: Iterable[_Candidate] = _candidates(sample, D, codes)
+    for rounded in (_EXACT, *_NARROW):
         tried = list[tuple[float, _Candidate]]()
         for reading, base, delta in candidates:
             now = 1 - codes.share(*rounded(base, delta))
             tried.append((now, (reading, base, delta)))
-            if now < missed:
-                best, missed = replace(reading, detail=reading.detail or rounded.how), now
-            if not missed:
-                break
-        if not missed or (missed <= enough and best.cause is not Cause.twice_rounded):
+            if now <= enough:
+                found.append((now, replace(reading, detail=reading.detail or rounded.how)))
+        if any(not now or reading.cause is not Cause.twice_rounded for now, reading in found):
             break
         candidates = [candidate for _, candidate in sorted(tried, key=itemgetter(0))[:_KEPT]]
-    if missed > enough or (missed and best.cause is Cause.scale):
-        near = (best.factor, abs(best.factor) / 2) if missed <= enough else None
-        best, missed = min((best, missed), _fitted(sample, codes, near), key=itemgetter(1))
-    if missed <= enough:
-        return best
-    if wrong <= _FEW:
-        return Reading(name, Cause.twice_rounded, detail=f"{wrong:.2%} of its codes are not the nearest")
-    return _unexplained(sample, codes)
+    best = min(found, key=itemgetter(0), default=None)
+    if best is None or (best[0] and best[1].cause is Cause.scale):
+        near = (best[1].factor, abs(best[1].factor) / 2) if best else None
+        now, fitted = _fitted(sample, codes, near)
+        if now <= enough and (best is None or now < best[0]):
+            found.append((now, fitted))
+    return found
 
 
-def _candidates(sample: Sample, D: Tensor) -> Iterator[_Candidate]:
+def _candidates(sample: Sample, D: Tensor, codes: Codes) -> Iterator[_Candidate]:
     """What may have been encoded: what is wrong then, base, and delta."""
     name, W = sample.name, sample.base
     yield Reading(name, Cause.twice_rounded), W, D
@@ -96,18 +111,19 @@ def _candidates(sample: Sample, D: Tensor) -> Iterator[_Candidate]:
             yield Reading(name, Cause.scale, factor), W, factor * D
         if D.shape[0] == D.shape[1]:
             yield Reading(name, Cause.mixed, detail="the delta was added transposed"), W, D.T
+    coded = Reading(name, Cause.coded_form if sample.delta is None else Cause.coded_base)
     for form in sample.four_bit:
-        told = Reading(name, Cause.four_bit_form if sample.delta is None else Cause.four_bit_base)
         values = form()
-        yield told, values, D
-        yield told, round_to(values, "BF16").double(), D
+        yield replace(coded, detail=NF4), values, D
+        yield replace(coded, detail=NF4), round_to(values, "BF16").double(), D
+    yield replace(coded, detail=sample.dtype), codes.nearest(W), D
 
 
-def _fitted(sample: Sample, codes: Codes, near: tuple[float, float] | None) -> tuple[Reading, float]:
-    """(reading, misses): the factor of the delta that explains most codes; near a least-squares fit, or
+def _fitted(sample: Sample, codes: Codes, near: tuple[float, float] | None) -> tuple[float, Reading]:
+    """(misses, reading): the factor of the delta that explains most codes; near a least-squares fit, or
     within `near`, (factor, reach).
     """
-    nothing = Reading(sample.name, Cause.unknown), 1.0
+    nothing = 1.0, Reading(sample.name, Cause.unknown)
     if sample.delta is None or not bool(sample.delta.any()):
         return nothing
     W, D = sample.base, sample.delta
@@ -116,7 +132,7 @@ def _fitted(sample: Sample, codes: Codes, near: tuple[float, float] | None) -> t
     middle, reach = near or (fit, max(_DEVIATIONS * sqrt(codes.noise / D.numel() / energy), SAME_FACTOR))
     if reach < _SHARP and min(abs(middle), abs(middle - 1)) <= reach:
         return nothing
-    for rounded in _ROUNDED[:2]:
+    for rounded in (_EXACT, _SUM_IN_BF16):
         factor, width = middle, reach
         for _ in range(_ZOOMS):
             tried = [factor + width * (2 * n / _STEPS - 1) for n in range(_STEPS + 1)]
@@ -126,7 +142,7 @@ def _fitted(sample: Sample, codes: Codes, near: tuple[float, float] | None) -> t
             if min(missed) > _HOPELESS:
                 break
         if min(missed) <= _FEW and min(abs(factor), abs(factor - 1)) > SAME_FACTOR:
-            return Reading(sample.name, Cause.scale, factor), min(missed)
+            return min(missed), Reading(sample.name, Cause.scale, factor)
     return nothing
 
 

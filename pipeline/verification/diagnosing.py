@@ -143,8 +143,11 @@ def _codes(standard: _Standard, target: Tensor, stored: Tensor, start: int) -> C
             near = (stored - values).abs() <= known.allowed(values, terms, start)
         return float(near.double().mean())
 
-    with standard() as known:
-        return Codes(share, float((known.nearest(target, start) - target).square().sum()))
+    def nearest(values: Tensor) -> Tensor:
+        with standard() as known:
+            return known.nearest(values, start)
+
+    return Codes(share, nearest, float((nearest(target) - target).square().sum()))
 
 
 def _four_bit(base: Weight, start: int, stop: int) -> tuple[Callable[[], Tensor], ...]:

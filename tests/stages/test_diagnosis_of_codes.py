@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.ground.rounding import Rounding
 from tests.models import tensors, write_llama, write_lora
@@ -197,3 +199,49 @@ def test_a_merge_into_a_base_of_codes_is_named(made: Made, tmp_path: Path, quant
     told = causes(base, adapter, unsigned(twice), tmp_path / "report.json")
     assert "all 14 merged weights: holds 2 times the delta: merged twice" in told
     assert "was not merged" in causes(base, adapter, base, tmp_path / "unmerged.json")
+
+
+def quantized_by_bitsandbytes(made: Made, folder: Path, **config: Any) -> PreTrainedModel:
+    """The base as transformers loads it with these settings, and written to the folder."""
+    settings = BitsAndBytesConfig(bnb_4bit_quant_type="nf4", **config)
+    model = AutoModelForCausalLM.from_pretrained(
+        made[0], quantization_config=settings, device_map={"": "cpu"}
+    )
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [
+        ({"load_in_4bit": True}, "4-bit (NF4)"),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "4-bit (NF4)"),
+        ({"load_in_8bit": True}, "bnb int8"),
+    ],
+)
+def test_a_merge_that_peft_made_into_a_base_of_codes_is_named_by_what_peft_does(
+    made: Made, tmp_path: Path, config: dict[str, bool], form: str
+) -> None:
+    dense, adapter, _ = made
+    model = quantized_by_bitsandbytes(made, tmp_path / "base", **config)
+    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(tmp_path / "out")
+    told = causes(dense, adapter, tmp_path / "out", tmp_path / "dense.json")
+    assert f"all 14 merged weights: the adapter was added to the base's {form} form, not to this base" in told
+    if form == "bnb int8":  # which PEFT decodes in float32
+        verify(tmp_path / "base", adapter, tmp_path / "out")
+    else:
+        told = causes(tmp_path / "base", adapter, tmp_path / "out", tmp_path / "coded.json")
+        assert "the base was rounded to BF16 before the delta was added, as PEFT does it" in told
+
+
+def test_a_16_bit_merge_of_a_base_that_was_decoded_to_16_bits_first_is_named(
+    made: Made, tmp_path: Path
+) -> None:
+    dense, adapter, _ = made
+    quantized_by_bitsandbytes(made, tmp_path / "base", load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    deltas, state = exact_deltas(adapter), tensors(dense)
+    state |= {n: (nf4(state[n]).float() + D).bfloat16() for n, D in deltas.items()}  # as unsloth writes it
+    merged = shutil.copytree(dense, tmp_path / "out")
+    save_file(state, merged / "model.safetensors", {"format": "pt"})
+    told = causes(tmp_path / "base", adapter, merged, tmp_path / "report.json")
+    assert "the base was rounded to BF16 before the delta was added" in told
