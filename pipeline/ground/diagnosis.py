@@ -1,9 +1,8 @@
 """What is wrong with a merge that somebody else made, from samples of its weights in float64.
 
-Every weight is read by itself: by how much of the delta is in what was stored (a least-squares fit
-O - W = s D), and by whether rounding alone explains the rest; codes, whose rounding hides a delta, in
-diagnosis_of_codes.py. Causes are then told together, each with the weights that it holds for (causes.py).
-Nothing here reads a file.
+Every weight is read by itself: by how much of the delta is in what was stored (fitting.py), and by whether
+rounding alone explains the rest; codes, whose rounding hides a delta, in diagnosis_of_codes.py. Causes are
+then told together, each with the weights that it holds for (causes.py). Nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.ground.factors import SAME_FACTOR, Scaling
+from pipeline.ground.fitting import EXACT, exact_factor, fitted_factor
 from pipeline.ground.reference import SLACK
 from pipeline.ground.rounding import round_to, ulp
 
@@ -117,18 +117,26 @@ def read(sample: Sample) -> Reading:
     energy = float((D * D).sum())
     if not energy:
         return _untouched(sample, O - W, noise)
+    factor = exact_factor(W, D, O, sample.dtype, sample.scaling)
+    if factor is not None:
+        return Reading(sample.name, Cause.scale if factor else Cause.not_merged, factor, uncertain=EXACT)
     E = O - W
-    factor = float((E * D).sum()) / energy
-    rest = float(((E - factor * D) ** 2).sum())
-    uncertain = 4 * sqrt(_LOOSE * noise / energy)
-    if rest <= _LOOSE * noise + (SLACK * factor) ** 2 * energy:
-        if abs(factor) <= max(SAME_FACTOR, uncertain):
-            return Reading(sample.name, Cause.not_merged, factor, uncertain=uncertain)
-        if abs(factor - 1) <= max(SAME_FACTOR, uncertain):
-            how = _rounded_how(sample, target)
-            return Reading(sample.name, Cause.twice_rounded, factor, how, uncertain)
-        return Reading(sample.name, Cause.scale, factor, uncertain=uncertain)
+    slope = float((E * D).sum()) / energy
+    rest = float(((E - slope * D) ** 2).sum())
+    if rest <= _LOOSE * noise + (SLACK * slope) ** 2 * energy:
+        return _fitted(sample, D, target)
     return _unexplained(sample, E, D, target, noise)
+
+
+def _fitted(sample: Sample, D: Tensor, target: Tensor) -> Reading:
+    """A weight that holds a number times the delta, and some rounding."""
+    factor, uncertain = fitted_factor(sample.base, D, sample.stored, sample.dtype, _LOOSE)
+    near = min((0.0, 1.0), key=lambda plain: abs(factor - plain))
+    if abs(factor - near) > max(SAME_FACTOR, uncertain):
+        return Reading(sample.name, Cause.scale, factor, uncertain=uncertain)
+    if not near:
+        return Reading(sample.name, Cause.not_merged, factor, uncertain=uncertain)
+    return Reading(sample.name, Cause.twice_rounded, factor, _rounded_how(sample, target), uncertain)
 
 
 def _untouched(sample: Sample, E: Tensor, noise: float) -> Reading:

@@ -6,6 +6,7 @@ from math import isfinite, sqrt
 from typing import NamedTuple
 
 SAME_FACTOR = 0.02  # relative: two scales that are told to be the same
+TWICE = 2.0
 
 
 class Scaling(NamedTuple):
@@ -24,9 +25,7 @@ class Scaling(NamedTuple):
 
 def known(scaling: Scaling | None) -> list[tuple[float, str]]:
     """(factor, what went wrong) of all mistakes with a scale that have a name."""
-    found: list[tuple[float, str]] = [
-        (float(n), f"merged {w}") for n, w in ((2, "twice"), (3, "three times"))
-    ]
+    found: list[tuple[float, str]] = [(n, f"merged {w}") for n, w in ((TWICE, "twice"), (3.0, "three times"))]
     found.append((-1.0, "subtracted instead of added"))
     if scaling:
         right, root = scaling.scale, sqrt(scaling.rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pipeline.ground import belongings
 from pipeline.ground.causes import causes, look
 from pipeline.ground.diagnosis import Cause, Sample, read
 from pipeline.ground.factors import Scaling, why
-from pipeline.ground.rounding import round_to
+from pipeline.ground.rounding import round_by_chance, round_to
 
 
 def sample(
@@ -39,11 +40,19 @@ def test_a_sound_weight_has_no_cause_however_small_its_delta(dtype: str, size: f
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("factor", [-1.0, 0.0, 0.25, 0.5, 2.0, 4.0])
-def test_the_factor_is_estimated(dtype: str, factor: float) -> None:
-    found = read(sample(factor=factor, dtype=dtype))
+@pytest.mark.parametrize("factor", [-1.0, 0.0, 0.25, 0.5, 1.07, 2.0, 4.0])
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 3e-5])  # of 0.02, that of the weights
+def test_the_factor_is_estimated(dtype: str, factor: float, size: float) -> None:
+    found = read(sample(factor=factor, dtype=dtype, size=size))
     assert found.cause is (Cause.scale if factor else Cause.not_merged)
-    assert abs(found.factor - factor) < 0.01
+    assert abs(found.factor - factor) < 0.05
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 3e-5])
+def test_two_merges_one_after_the_other_are_told_as_twice(size: float) -> None:
+    one = sample(size=size)
+    again = replace(one, stored=round_to(one.stored + one.delta, "BF16").double())
+    assert read(again).factor == 2.0
 
 
 def test_scrambled_experts_are_told_from_each_other() -> None:
@@ -73,10 +82,14 @@ def test_weights_that_share_a_cause_are_told_once() -> None:
 
 
 def test_deltas_that_rounding_nearly_swallowed_agree_with_the_others() -> None:
-    """Of themselves they would be called not merged, rounded twice, or scaled by some other number."""
-    sizes = [1e-2, 3e-4, 1e-4, 1e-2, 3e-5, 1e-2, 1e-2, 1e-4]
-    taken = [sample(f"layers.{n}.q", factor=2.0, seed=n, size=size) for n, size in enumerate(sizes)]
-    assert len({read(one).cause for one in taken}) > 1
+    """Of themselves they would be told as scaled by some other number."""
+    sizes = [1e-2, 3e-4, 1e-5, 1e-2, 3e-6, 1e-2, 1e-2, 1e-5]
+    exact = [sample(f"layers.{n}.q", 2.0, seed=n, dtype="F64", size=size) for n, size in enumerate(sizes)]
+    taken = [
+        replace(s, stored=round_by_chance(s.stored, "BF16", n, 0).double(), dtype="BF16")
+        for n, s in enumerate(exact)
+    ]
+    assert len({f"{read(one).factor:.2g}" for one in taken}) > 1
     [(cause, words)] = told(taken)
     assert cause is Cause.scale
     assert words.startswith("all 8 merged weights: holds 2 times the delta: merged twice")

@@ -244,6 +244,40 @@ def test_a_broken_merge_is_named_by_its_cause(made: Made, tmp_path: Path, name: 
     assert "save.rounding" not in told  # which whoever has not made the merge cannot set
 
 
+FAINT = ("not merged at all", "some modules not merged", "merged twice", "subtracted", "alpha forgotten")
+FAINT += ("half of it", "rounded twice")
+
+
+@pytest.fixture(scope="module")
+def faint(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """As `made`, with deltas of 0.2 % of the weights, of which bfloat16 loses most steps."""
+    folder = tmp_path_factory.mktemp("faint")
+    base = write_llama(folder / "base", shard="1GB")
+    adapter = write_lora(folder / "adapter", base, r=RANK, lora_alpha=ALPHA, size=0.003)
+    merge(base, adapter, folder / "merged")
+    (folder / "merged" / "merge.json").unlink()
+    return base, adapter, folder / "merged"
+
+
+@pytest.mark.parametrize("name", FAINT)
+def test_a_broken_merge_of_an_adapter_that_changes_little_is_named(
+    faint: Made, tmp_path: Path, name: str
+) -> None:
+    base, adapter, merged = faint
+    breaking, said = BROKEN[name]
+    folder = shutil.copytree(merged, tmp_path / "out")
+    breaking(folder, tensors(base), exact_deltas(adapter))
+    assert said in causes(base, adapter, folder, tmp_path / "report.json")
+
+
+def test_a_merge_into_a_model_that_is_merged_is_named(faint: Made, tmp_path: Path) -> None:
+    base, adapter, merged = faint
+    merge(merged, adapter, tmp_path / "out")
+    (tmp_path / "out" / "merge.json").unlink()
+    told = causes(base, adapter, tmp_path / "out", tmp_path / "report.json")
+    assert "all 14 merged weights: holds 2 times the delta: merged twice" in told
+
+
 def test_a_cause_that_nothing_explains_is_said_to_be_unknown(made: Made, tmp_path: Path) -> None:
     base, adapter, merged = made
     folder = shutil.copytree(merged, tmp_path / "out")
