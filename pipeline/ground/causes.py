@@ -10,7 +10,7 @@ from math import fsum, sqrt
 
 from pipeline.ground.diagnosis import NF4, Cause, Reading, Sample, read
 from pipeline.ground.diagnosis_of_codes import read_codes
-from pipeline.ground.factors import SAME_FACTOR, Scaling, why
+from pipeline.ground.factors import SAME_FACTOR, Scaling, reasons
 from pipeline.ground.swapped import swapped
 
 _PERHAPS_ANOTHERS = (Cause.other_base, Cause.other_codes, Cause.mixed, Cause.permuted)
@@ -90,7 +90,7 @@ def _share(some: Sequence[Reading], of: Sequence[Reading], kind: str = "merged")
     """ "all 14 merged weights", "7 of 14 merged weights, as x"."""
     if len(some) == len(of):
         return f"all {len(of)} {kind} weights" if len(of) > 1 else some[0].name
-    return f"{len(some)} of {len(of)} {kind} weights, as {some[0].name}"
+    return f"{len(some)} of {len(of)} {kind} weights, {'as ' * (len(some) > 1)}{some[0].name}"
 
 
 def _plain(cause: Cause, some: list[Reading], of: list[Reading], where: str) -> str:
@@ -115,6 +115,8 @@ def _plain(cause: Cause, some: list[Reading], of: list[Reading], where: str) -> 
         + (", or dequantize=simulate" if detail == NF4 else ""),
         Cause.coded_form: f"{where}: holds the base's {detail} form, not this base's values",
         Cause.permuted: f"{where}: {detail}, as in another format (rope's order of q and k, experts)",
+        Cause.partly: f"{where}: the adapter was merged into a part only: {_range(some, 100)} % of the "
+        "values are base + delta, the others the base's; a shard or a part of a packed weight was left out",
         Cause.mixed: f"{where}: the delta is scrambled: {detail}",
         Cause.twice_rounded: f"{where}: rounded more than once" + (f": {detail}" if detail else ""),
     }.get(cause, f"{where}: differs from base + delta in a way that no known cause explains")
@@ -163,18 +165,24 @@ def _other_codes(some: list[Reading], merged: list[Reading]) -> str:
 def _scales(
     some: list[Reading], merged: list[Reading], scalings: Mapping[str, Scaling | None]
 ) -> list[tuple[Cause, str]]:
-    """One sentence for each explanation of a factor, or for each factor that nothing explains."""
+    """One sentence for each explanation of a factor: of several, that which most weights share."""
+    why = {r.name: reasons(r.factor, scalings.get(r.name)) for r in some}
+    votes = Counter(words for several in why.values() for words in several)
     told: dict[str, list[Reading]] = {}
     for reading in some:
-        told.setdefault(why(reading.factor, scalings.get(reading.name)), []).append(reading)
+        most = max(votes[words] for words in why[reading.name])
+        likely = " or ".join(words for words in why[reading.name] if votes[words] == most)
+        told.setdefault(likely, []).append(reading)
     return [
-        (
-            Cause.scale,
-            f"{_share(group, merged)}: holds {_middle(group):.3g} times the delta: {words}",
-        )
+        (Cause.scale, f"{_share(group, merged)}: holds {_range(group)} times the delta: {words}")
         for words, group in told.items()
     ]
 
 
-def _middle(group: list[Reading]) -> float:
-    return sorted(r.factor for r in group)[len(group) // 2]
+def _range(group: Sequence[Reading], of: float = 1.0) -> str:
+    """The factor that they have, or the least and the most, times `of`."""
+    factors = sorted(of * r.factor for r in group)
+    low, middle, high = factors[0], factors[len(factors) // 2], factors[-1]
+    if high - low <= 2 * max(SAME_FACTOR * abs(middle), *(of * r.uncertain for r in group)):
+        return f"{middle:.3g}"
+    return f"{low:.3g} to {high:.3g}"

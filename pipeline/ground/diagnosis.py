@@ -25,6 +25,8 @@ _LOOSE = 9.0  # squared error over that of one rounding: what arithmetic in 16 b
 ALIKE = 0.95  # cosine of rows that are the same up to rounding and scale
 _MOSTLY = 0.9  # cosine of what is the same but for another rounding
 NF4 = "4-bit (NF4)"  # what people call it
+_FEW = 0.01  # of the values may be others
+_ROUNDED = 0.75  # of a unit in the last place: what one rounding, and some slack, moves less than
 _GRID = 16  # values that a block of four-bit codes can have
 _BLOCK = 64
 
@@ -40,6 +42,7 @@ class Cause(Enum):
     other_codes = "codes of another rule"
     not_merged = "not merged"
     scale = "scale"
+    partly = "partly merged"
     swapped = "swapped"
     permuted = "permuted"
     mixed = "mixed up"
@@ -121,6 +124,8 @@ def read(sample: Sample) -> Reading:
     if factor is not None:
         return Reading(sample.name, Cause.scale if factor else Cause.not_merged, factor, uncertain=EXACT)
     E = O - W
+    if share := _merged_share(sample, E, D):
+        return Reading(sample.name, Cause.partly, share)
     slope = float((E * D).sum()) / energy
     rest = float(((E - slope * D) ** 2).sum())
     if rest <= _LOOSE * noise + (SLACK * slope) ** 2 * energy:
@@ -182,7 +187,10 @@ def _rounded_how(sample: Sample, target: Tensor) -> str:
     if dtype in ("BF16", "F16"):
         first = round_to(sample.delta, dtype).double()
         if bool((round_to(W + first, dtype).double() == O).double().mean() > 0.999):
-            return f"the delta was rounded to {dtype} before it was added, as PEFT's safe_merge does"
+            return (
+                f"the delta was rounded to {dtype} before it was added, as PEFT does it with safe_merge, and "
+                "always on embeddings and stacked experts"
+            )
     for narrow in ("BF16", "F16"):
         base = round_to(W, narrow).double()
         if bool((round_to(base + sample.delta, dtype).double() == O).double().mean() > 0.999):
@@ -193,7 +201,7 @@ def _rounded_how(sample: Sample, target: Tensor) -> str:
 def _narrower(sample: Sample, target: Tensor) -> str:
     """The dtype through which the right values went on their way to a finer one."""
     for narrow in ("BF16", "F16"):
-        same = round_to(target, narrow).double() == sample.stored
+        same = round_to(round_to(target, narrow).double(), sample.dtype).double() == sample.stored
         if narrow != sample.dtype and bool(same.double().mean() > 0.999):
             return f"it was rounded to {narrow} before it was stored as {sample.dtype}"
     return ""
@@ -213,6 +221,22 @@ def is_permutation(O: Tensor, target: Tensor, alike: float = 0.999) -> bool:  # 
     moved = int((best.indices != torch.arange(len(O))).sum())
     paired = bool((best.values > alike).all()) and len(set(best.indices.tolist())) > 0.95 * len(O)
     return paired and moved > 0.05 * len(O)
+
+
+def _merged_share(sample: Sample, E: Tensor, D: Tensor) -> float:
+    """Of values that are the base's or base + delta, up to rounding: the share of the latter; else 0.
+
+    Told by those whose delta is more than rounding.
+    """
+    unit = ulp(sample.base.abs().maximum(sample.stored.abs()), sample.dtype)
+    telling = D.abs() > 2 * unit
+    if int(telling.sum()) < _BLOCK:
+        return 0.0
+    merged, left = (off.abs()[telling] / unit[telling] for off in (E - D, E))
+    if bool((merged.minimum(left) > _ROUNDED).double().mean() > _FEW):
+        return 0.0
+    share = float((merged < left).double().mean())
+    return share if _FEW < share < 1 - _FEW else 0.0
 
 
 def _in_row_space(E: Tensor, D: Tensor, noise: float) -> bool:

@@ -48,7 +48,7 @@ def known(scaling: Scaling | None) -> list[tuple[float, str]]:
     return [(f, words) for f, words in found if isfinite(f) and abs(f - 1) > SAME_FACTOR]
 
 
-def why(factor: float, scaling: Scaling | None) -> str:
+def reasons(factor: float, scaling: Scaling | None) -> list[str]:
     """What makes a delta this many times what it should be; several things where they come to the same."""
     matching = [words for value, words in known(scaling) if abs(factor / value - 1) <= SAME_FACTOR]
-    return " or ".join(dict.fromkeys(matching)) or "a scale or weight that the recipe does not name"
+    return list(dict.fromkeys(matching)) or ["a scale or weight that the recipe does not name"]

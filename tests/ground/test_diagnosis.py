@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 from pipeline.ground import belongings
 from pipeline.ground.causes import causes, look
 from pipeline.ground.diagnosis import Cause, Sample, read
-from pipeline.ground.factors import Scaling, why
+from pipeline.ground.factors import Scaling, reasons
 from pipeline.ground.rounding import round_by_chance, round_to
 
 
@@ -98,22 +99,44 @@ def test_deltas_that_rounding_nearly_swallowed_agree_with_the_others() -> None:
 
 
 def test_factors_that_mean_the_same_are_all_named() -> None:
-    assert why(2.0, Scaling(8, 4, False, 8, 4)) == (
-        "merged twice or scaled by alpha / sqrt(rank), as for rslora, but the adapter is plain, alpha / rank"
+    assert reasons(2.0, Scaling(8, 4, False, 8, 4)) == [
+        "merged twice",
+        "scaled by alpha / sqrt(rank), as for rslora, but the adapter is plain, alpha / rank",
+    ]
+    assert reasons(0.25, Scaling(16, 16, True, 16, 16)) == [
+        "the scale was left out (alpha forgotten): B @ A was added as it is",
+        "scaled by alpha / rank, but the adapter says rslora, alpha / sqrt(rank)",
+    ]
+    assert reasons(4.0, Scaling(2, 4, False, 8, 4)) == [
+        "alpha was not divided by the rank",
+        "alpha_pattern was left out",
+    ]
+    assert reasons(3.0, Scaling(8, 12, False, 8, 4)) == [
+        "merged three times",
+        "rank_pattern was left out of the scale",
+    ]
+    assert reasons(0.77, None) == ["a scale or weight that the recipe does not name"]
+
+
+def test_of_several_reasons_the_one_that_more_weights_share_is_told() -> None:
+    alphas = [(8.0, 4.0), (8.0, 1.0), (8.0, 16.0)]  # of the config, and of this weight
+    taken = [
+        replace(sample(f"layers.{n}.q", factor=usual / own, seed=n), scaling=Scaling(own, 4, False, usual, 4))
+        for n, (usual, own) in enumerate(alphas)
+    ]
+    [(_, words)] = told(taken)
+    assert words == "all 3 merged weights: holds 0.5 to 8 times the delta: alpha_pattern was left out"
+
+
+@pytest.mark.parametrize("size", [1e-2, 2e-4])
+def test_a_weight_of_which_a_part_was_merged_is_told_as_such(size: float) -> None:
+    one = sample(size=size)
+    columns = replace(one, stored=torch.cat([one.stored[:, :16], one.base[:, 16:]], 1))
+    [(cause, words)] = told([columns])
+    assert cause is Cause.partly
+    assert re.match(
+        r"w: the adapter was merged into a part only: 2[1-9](\.\d)? % of the values are base", words
     )
-    assert why(0.25, Scaling(16, 16, True, 16, 16)) == (
-        "the scale was left out (alpha forgotten): B @ A was added as it is or "
-        "scaled by alpha / rank, but the adapter says rslora, alpha / sqrt(rank)"
-    )
-    assert (
-        why(4.0, Scaling(2, 4, False, 8, 4))
-        == "alpha was not divided by the rank or alpha_pattern was left out"
-    )
-    assert (
-        why(3.0, Scaling(8, 12, False, 8, 4))
-        == "merged three times or rank_pattern was left out of the scale"
-    )
-    assert why(0.77, None) == "a scale or weight that the recipe does not name"
 
 
 def test_names_say_what_became_of_the_weights() -> None:
