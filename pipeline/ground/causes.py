@@ -114,6 +114,8 @@ def _plain(cause: Cause, some: list[Reading], of: list[Reading], where: str) -> 
         "if that was meant, give the quantized checkpoint as base_model"
         + (", or dequantize=simulate" if detail == NF4 else ""),
         Cause.coded_form: f"{where}: holds the base's {detail} form, not this base's values",
+        Cause.weights: f"{where}: the adapters were added by other weights than the recipe's, or not all of "
+        f"them: of what it adds, this holds {detail}",
         Cause.permuted: f"{where}: {detail}, as in another format (rope's order of q and k, experts)",
         Cause.partly: f"{where}: the adapter was merged into a part only: {_range(some, 100)} % of the "
         "values are base + delta, the others the base's; a shard or a part of a packed weight was left out",

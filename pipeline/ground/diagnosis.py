@@ -7,8 +7,8 @@ then told together, each with the weights that it holds for (causes.py). Nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,6 +43,7 @@ class Cause(Enum):
     not_merged = "not merged"
     scale = "scale"
     partly = "partly merged"
+    weights = "other weights of the adapters"
     swapped = "swapped"
     permuted = "permuted"
     mixed = "mixed up"
@@ -76,6 +77,9 @@ class Sample:
     whole: bool = False  # all rows of the weight
     codes: Codes | None = None
     four_bit: tuple[Callable[[], Tensor], ...] = ()  # the base in NF4, its scales as they are, and nested
+    apart: Mapping[int, Callable[[], Tensor]] = field(
+        default_factory=dict
+    )  # what each of several adapters adds
 
 
 class Fit(NamedTuple):
@@ -163,6 +167,8 @@ def _is_off_by_four_bits(sample: Sample, off: Tensor) -> bool:
 def _unexplained(sample: Sample, E: Tensor, D: Tensor, target: Tensor, noise: float) -> Reading:
     """Not the delta times a number: whose values these are."""
     name = sample.name
+    if sample.apart and (told := _weighted(sample, E, noise)):
+        return Reading(name, Cause.weights, detail=told)
     if sample.whole and is_permutation(sample.stored, target):
         return Reading(name, Cause.permuted, detail="its rows stand in another order")
     if (
@@ -221,6 +227,21 @@ def is_permutation(O: Tensor, target: Tensor, alike: float = 0.999) -> bool:  # 
     moved = int((best.indices != torch.arange(len(O))).sum())
     paired = bool((best.values > alike).all()) and len(set(best.indices.tolist())) > 0.95 * len(O)
     return paired and moved > 0.05 * len(O)
+
+
+def _weighted(sample: Sample, E: Tensor, noise: float) -> str:
+    """By how much the delta of each of several adapters is in it, if that explains it; else ""."""
+    import torch
+
+    deltas = torch.stack([delta().flatten() for delta in sample.apart.values()], 1)
+    factors = torch.linalg.lstsq(deltas, E.reshape(-1, 1)).solution
+    rest = float((E.reshape(-1, 1) - deltas @ factors).square().sum())
+    if rest > _LOOSE * noise:
+        return ""
+    found = zip(sample.apart, factors.flatten().tolist(), strict=True)
+    return ", ".join(
+        f"{round(factor, 2) + 0.0:g} times that of adapter {number + 1}" for number, factor in found
+    )
 
 
 def _merged_share(sample: Sample, E: Tensor, D: Tensor) -> float:

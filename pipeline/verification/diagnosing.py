@@ -131,6 +131,7 @@ def _of(
                 stop - start == weight.num_rows,
                 _codes(standard, W if delta is None else W + delta, stored, start) if standard else None,
                 _four_bit(before, start, stop),
+                _apart(wide, start, stop),
             )
 
 
@@ -161,6 +162,22 @@ def _four_bit(base: Weight, start: int, stop: int) -> tuple[Callable[[], Tensor]
             return tiles(start, stop).value.double()
 
     return partial(form, False), partial(form, True)
+
+
+def _apart(weight: Weight, start: int, stop: int) -> Mapping[int, Callable[[], Tensor]]:
+    """By adapter, what it adds to the rows; {} for one alone, or where one gives a value."""
+    if not isinstance(weight, Merged) or len(weight.parts) < 2:
+        return {}
+    if any(placed.delta.replaces for placed in weight.placed):
+        return {}
+
+    def delta(of_one: Merged) -> Tensor:
+        with of_one.open("cpu") as tiles:
+            tile = tiles(start, stop)
+        return tile.value.double() - tile.base.double()
+
+    parts = weight.parts.items()
+    return {number: partial(delta, replace(weight, placed=tuple(placed))) for number, placed in parts}
 
 
 def _places(weight: Weight, grain: int) -> list[tuple[str, int, int]]:

@@ -45,7 +45,7 @@ def verify(base: Path, adapter: Path, merged: Path) -> None:
     merge(base, adapter, merged, save="existing", verify="standard", verify_settings={"tokens": 0})
 
 
-def causes(base: Path, adapter: Path, merged: Path, page: Path) -> str:
+def causes(base: Path, adapter: Path | dict[Path, float], merged: Path, page: Path) -> str:
     """What is told of a merge that is refused, all of it: the failed gate and the likely causes."""
     settings = {"save": "existing", "verify": "standard", "verify_settings": {"tokens": 0}}
     request = Request(pipeline(base, adapter, merged, **settings), {}, report=page)
@@ -276,6 +276,20 @@ def test_a_merge_into_a_model_that_is_merged_is_named(faint: Made, tmp_path: Pat
     (tmp_path / "out" / "merge.json").unlink()
     told = causes(base, adapter, tmp_path / "out", tmp_path / "report.json")
     assert "all 14 merged weights: holds 2 times the delta: merged twice" in told
+
+
+def test_adapters_that_were_added_by_other_weights_are_told_each_with_its_own(
+    made: Made, tmp_path: Path
+) -> None:
+    base, adapter, merged = made
+    other = write_lora(tmp_path / "other", base, r=2 * RANK, lora_alpha=ALPHA, size=0.03)
+    asked, told = {adapter: 0.7, other: 0.3}, "of what it adds, this holds 1.43 times that of adapter 1, "
+    alone = causes(base, asked, merged, tmp_path / "alone.json")
+    assert told + "0 times that of adapter 2" in alone
+    merge(base, {adapter: 1.0, other: 1.0}, tmp_path / "out")
+    (tmp_path / "out" / "merge.json").unlink()
+    both = causes(base, asked, tmp_path / "out", tmp_path / "both.json")
+    assert told + "3.33 times that of adapter 2" in both
 
 
 def test_a_cause_that_nothing_explains_is_said_to_be_unknown(made: Made, tmp_path: Path) -> None:
