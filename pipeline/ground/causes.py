@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import fsum, sqrt
+from typing import NamedTuple
 
 from pipeline.ground.diagnosis import NF4, Cause, Reading, Sample, read
 from pipeline.ground.diagnosis_of_codes import read_codes
@@ -76,10 +77,10 @@ def _of_one_mind(readings: Sequence[Reading]) -> list[Reading]:
     """The readings; codes that several things explain, or nothing, are told as most of them are."""
     votes = Counter(_told(r) for r in readings)
     readings = [max((r, *r.also), key=lambda one: votes[_told(one)]) for r in readings]
-    unexplained = [r for r in readings if r.fit]
+    unexplained = [r for r in readings if r.fit and r.fit.excess]
     near = sum(r.cause is Cause.other_codes for r in unexplained)
     cause = Cause.other_codes if 2 * near > len(unexplained) else Cause.other_base
-    return [replace(r, cause=cause) if r.fit else r for r in readings]
+    return [replace(r, cause=cause) if r.fit and r.fit.excess else r for r in readings]
 
 
 def _told(reading: Reading) -> tuple[Cause | None, str, str]:
@@ -134,33 +135,64 @@ def _other_base(some: list[Reading], merged: list[Reading], others: list[Reading
     off = [r for r in others if r.cause is Cause.touched]
     left = "what is left when the delta is taken away differs from this base by "
     left += f"{size:.2g} of its size in {_share(some, merged)}"
-    if len(some) > len(merged) / 2 and others and not off:
-        return Cause.other_base, (
-            "another adapter was merged, or this one into another form of the base, quantized perhaps: "
-            f"{left}, though all {len(others)} weights that no delta touches are this base's"
-        )
-    if len(some) > len(merged) / 2 or (off and len(off) > len(others) / 2):
+    held, most = _held(some), len(some) > len(merged) / 2
+    times = "" if held.is_whole else f"; it holds {held.times:.2f} (+- {held.error:.2f}) times the delta"
+    if most and others and not off:
+        told = "another adapter was merged, or this one into another form of the base, quantized perhaps"
+        if held.is_whole:
+            told = "the adapter was merged into another form of the base: a quantized one, or, if base_model "
+            told += "is quantized, what that was made from"
+        elif held.is_nothing:
+            told = "another adapter was merged, or none, and that into another form of the base"
+        untouched = f"though all {len(others)} weights that no delta touches are this base's"
+        return Cause.other_base, f"{told}: {left}, {untouched}{times}"
+    if most or (off and len(off) > len(others) / 2):
+        told = "the adapter was added to another base"
+        if held.is_nothing:
+            told = "this is another base, and the adapter is not in it; another one may be"
         also = f", and so do {len(off)} of {len(others)} weights that no delta touches" if off else ""
-        return Cause.other_base, f"the adapter was added to another base: {left}{also}"
+        return Cause.other_base, f"{told}: {left}{also}{times}"
     return Cause.unknown, _plain(Cause.unknown, some, merged, _share(some, merged))
 
 
-def _other_codes(some: list[Reading], merged: list[Reading]) -> str:
+class _Held(NamedTuple):
+    """How many times the delta is in weights that are off by something else too, and two deviations of it."""
+
+    times: float
+    error: float
+
+    def may_be(self, times: float) -> bool:
+        return abs(self.times - times) <= max(self.error, _SURE)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.may_be(1) and not self.may_be(0)
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.may_be(0) and not self.may_be(1)
+
+
+def _held(some: list[Reading]) -> _Held:
     fits = [r.fit for r in some if r.fit]
     energy = fsum(fit.energy for fit in fits) or 1.0
-    holds, error = fsum(fit.kept for fit in fits) / energy, 2 * sqrt(fsum(f.variance for f in fits)) / energy
+    return _Held(fsum(fit.kept for fit in fits) / energy, 2 * sqrt(fsum(f.variance for f in fits)) / energy)
+
+
+def _other_codes(some: list[Reading], merged: list[Reading]) -> str:
+    held, fits = _held(some), [r.fit for r in some if r.fit]
     excess = sorted(fit.excess for fit in fits)[len(fits) // 2]
-    none, whole = (abs(holds - n) <= max(error, _SURE) for n in (0, 1))
     told = (
         "quantized by another rule, calibrated perhaps, merged in narrower arithmetic, or into another base"
     )
-    if none and not whole:
+    if held.is_nothing:
         told = "another adapter was merged, or none, and it was quantized by another rule or of another base"
-    elif none:
+    elif held.may_be(0):
         told += ", or another adapter"
     return (
         f"{_share(some, merged)}: neither the codes nearest to base + delta nor those of a known mistake, "
-        f"{excess:.2f} times as far off, holding {holds:.2f} (+- {error:.2f}) times the delta: {told}"
+        f"{excess:.2f} times as far off, holding {held.times:.2f} (+- {held.error:.2f}) times the delta: "
+        + told
     )
 
 

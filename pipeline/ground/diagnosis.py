@@ -83,12 +83,12 @@ class Sample:
 
 
 class Fit(NamedTuple):
-    """Of codes that nothing explains: how much of the delta they hold, and how far off they are."""
+    """Of what nothing explains: how much of the delta it holds, and how far off it is."""
 
     kept: float  # <O - W, D>
     energy: float  # <D, D>
-    variance: float  # of kept, by the noise of the right codes
-    excess: float  # root of the squared error over that of the right codes
+    variance: float  # of kept, by what else is off
+    excess: float = 0.0  # of codes, root of the squared error over that of the right ones
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,11 @@ def _unexplained(sample: Sample, E: Tensor, D: Tensor, target: Tensor, noise: fl
         return Reading(name, Cause.coded_base, detail=NF4)
     if _in_row_space(E, D, noise):
         return Reading(name, Cause.mixed, detail="rows of A meet the wrong columns of B")
-    size = sqrt(float((other * other).sum()) / max(float((sample.base**2).sum()), 1e-300))
-    return Reading(name, Cause.other_base, size)
+    off, energy = float((other * other).sum()), float((D * D).sum())
+    size = sqrt(off / max(float((sample.base**2).sum()), 1e-300))
+    return Reading(
+        name, Cause.other_base, size, fit=Fit(float((E * D).sum()), energy, off * energy / D.numel())
+    )
 
 
 def _rounded_how(sample: Sample, target: Tensor) -> str:

@@ -94,6 +94,17 @@ def another_base(state: State, base: State, deltas: State) -> None:
         state[name] = (state[name].float() * (1 + 0.05 * torch.randn(state[name].shape))).bfloat16()
 
 
+def another_unmerged(state: State, base: State, deltas: State) -> None:
+    state |= base
+    another_base(state, base, deltas)
+
+
+def another_twice(state: State, base: State, deltas: State) -> None:
+    another_unmerged(state, base, deltas)
+    for name, D in deltas.items():
+        state[name] = (state[name].float() + 2 * D).bfloat16()
+
+
 def another_adapter(state: State, base: State, deltas: State) -> None:
     torch.manual_seed(5)
     for name, D in deltas.items():
@@ -199,8 +210,10 @@ BROKEN: dict[str, tuple[Callable[[Path, State, State], None], str]] = {
     "too small by the root of the rank": (scaled(RANK**-0.5), "too small by sqrt(rank)"),
     "half of it": (scaled(0.5), "holds 0.5 times the delta: a scale or weight that the recipe does not name"),
     "added to another base": (changed(another_base), "added to another base"),
-    "another adapter": (changed(another_adapter), "another adapter was merged, or this one into another"),
-    "added to an 8-bit base": (changed(eight_bit_base), "7 weights that no delta touches are this base's"),
+    "another adapter": (changed(another_adapter), "another adapter was merged, or none, and that into"),
+    "another base, unmerged": (changed(another_unmerged), "another base, and the adapter is not in it"),
+    "another base, twice": (changed(another_twice), "touches; it holds 2.00 (+- 0.0"),
+    "added to an 8-bit base": (changed(eight_bit_base), "merged into another form of the base: a quantized"),
     "added to the 4-bit base": (changed(four_bit_base), "added to the base's 4-bit (NF4) form"),
     "quantized afterwards": (changed(quantized_after), "quantized to 4 bits after the merge"),
     "rounded twice": (changed(rounded_twice), "the delta was rounded to BF16 before it was added"),
