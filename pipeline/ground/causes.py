@@ -136,7 +136,11 @@ def _other_base(some: list[Reading], merged: list[Reading], others: list[Reading
     left = "what is left when the delta is taken away differs from this base by "
     left += f"{size:.2g} of its size in {_share(some, merged)}"
     held, most = _held(some), len(some) > len(merged) / 2
-    times = "" if held.is_whole else f"; it holds {held.times:.2f} (+- {held.error:.2f}) times the delta"
+    times = (
+        ""
+        if held.is_whole
+        else f"; it holds {round(held.times, 2) + 0.0:.2f} (+- {held.error:.2f}) times the delta"
+    )
     if most and others and not off:
         told = "another adapter was merged, or this one into another form of the base, quantized perhaps"
         if held.is_whole:
