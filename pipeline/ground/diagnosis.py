@@ -167,8 +167,10 @@ def _is_off_by_four_bits(sample: Sample, off: Tensor) -> bool:
 def _unexplained(sample: Sample, E: Tensor, D: Tensor, target: Tensor, noise: float) -> Reading:
     """Not the delta times a number: whose values these are."""
     name = sample.name
-    if sample.apart and (told := _weighted(sample, E, noise)):
-        return Reading(name, Cause.weights, detail=told)
+    if sample.apart:
+        told, off = weighted(sample)
+        if off <= _LOOSE * noise:
+            return Reading(name, Cause.weights, detail=told)
     if sample.whole and is_permutation(sample.stored, target):
         return Reading(name, Cause.permuted, detail="its rows stand in another order")
     if (
@@ -232,19 +234,16 @@ def is_permutation(O: Tensor, target: Tensor, alike: float = 0.999) -> bool:  # 
     return paired and moved > 0.05 * len(O)
 
 
-def _weighted(sample: Sample, E: Tensor, noise: float) -> str:
-    """By how much the delta of each of several adapters is in it, if that explains it; else ""."""
+def weighted(sample: Sample) -> tuple[str, float]:
+    """By how much the delta of each of several adapters is in it, and the squared error of that."""
     import torch
 
     deltas = torch.stack([delta().flatten() for delta in sample.apart.values()], 1)
-    factors = torch.linalg.lstsq(deltas, E.reshape(-1, 1)).solution
-    rest = float((E.reshape(-1, 1) - deltas @ factors).square().sum())
-    if rest > _LOOSE * noise:
-        return ""
+    moved = (sample.stored - sample.base).reshape(-1, 1)
+    factors = torch.linalg.lstsq(deltas, moved).solution
     found = zip(sample.apart, factors.flatten().tolist(), strict=True)
-    return ", ".join(
-        f"{round(factor, 2) + 0.0:g} times that of adapter {number + 1}" for number, factor in found
-    )
+    told = ", ".join(f"{round(f, 2) + 0.0:g} times that of adapter {number + 1}" for number, f in found)
+    return told, float((moved - deltas @ factors).square().sum())
 
 
 def _merged_share(sample: Sample, E: Tensor, D: Tensor) -> float:

@@ -13,7 +13,7 @@ from operator import itemgetter
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from pipeline.ground.diagnosis import NF4, Cause, Codes, Fit, Reading, Sample, is_permutation
+from pipeline.ground.diagnosis import NF4, Cause, Codes, Fit, Reading, Sample, is_permutation, weighted
 from pipeline.ground.factors import SAME_FACTOR, known
 from pipeline.ground.rounding import round_to
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _FEW = 0.01  # of the codes may be others, and a tenth of those that speak against what should stand there
 _LOOSE = 2.5  # squared error over that of the nearest codes; rounding by chance comes to twice theirs
+_AS_NEAR = 1.05  # the same, of values that are encoded as what should stand there is
+_FARTHER = 1.02  # the same, of a fit that explains more than chance does
 _KEPT = 5  # of what may have been encoded is tried with other roundings
 _STEPS, _ZOOMS = 16, 4  # in which the factor of a delta is looked for
 _HOPELESS = 0.5  # of the codes are others: no factor near will explain them
@@ -157,6 +159,10 @@ def _unexplained(sample: Sample, codes: Codes) -> Reading:
     size = sqrt(max(off - codes.noise, 0.0) / max(float((W * W).sum()), 1e-300))
     if sample.delta is None:
         return Reading(sample.name, Cause.touched, size)
+    if sample.apart:
+        told, rest = weighted(sample)
+        if rest <= _AS_NEAR * codes.noise and off > _FARTHER * rest:
+            return Reading(sample.name, Cause.weights, detail=told)
     energy = float(sample.delta.square().sum())
     variance, excess = codes.noise * energy / W.numel(), sqrt(off / codes.noise) if codes.noise else inf
     fit = Fit(float(((O - W) * sample.delta).sum()), energy, variance, excess)

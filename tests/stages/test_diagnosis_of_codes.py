@@ -162,6 +162,19 @@ def test_codes_by_another_rule_are_told_with_how_much_of_the_delta_they_hold(
     assert re.search(HOLDING, causes(base, adapter, folder, tmp_path / "report.json"))
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "fp8-block", "int8"])
+def test_codes_of_adapters_by_other_weights_are_told_with_them(
+    made: Made, tmp_path: Path, quantize: str
+) -> None:
+    base, adapter, _ = made
+    other = write_lora(tmp_path / "other", base, r=2 * RANK, lora_alpha=ALPHA, size=0.02)
+    merge(base, {adapter: 1.0, other: 1.0}, tmp_path / "out", quantize=quantize)
+    asked = {adapter: 0.5, other: 0.25}
+    told = causes(base, asked, unsigned(tmp_path / "out"), tmp_path / "report.json")
+    wanted = r"all 14 merged weights: the adapters were added by other weights .*holds (2|1\.9\d|2\.0\d)"
+    assert re.search(wanted + r" times that of adapter 1, (4|3\.9\d|4\.0\d) times that of adapter 2", told)
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "fp8-channel", "int8"])
 def test_a_simulated_base_is_named_in_layers_that_the_adapter_leaves_alone(
     made: Made, tmp_path: Path, quantize: str
