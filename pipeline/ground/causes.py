@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from pipeline.ground.diagnosis import NF4, Cause, Reading, Sample, read
 from pipeline.ground.diagnosis_of_codes import read_codes
-from pipeline.ground.factors import SAME_FACTOR, Scaling, reasons
-from pipeline.ground.swapped import swapped
+from pipeline.ground.factors import SAME_FACTOR, reasons
+from pipeline.ground.swapped import glimpse, swapped
 
 _PERHAPS_ANOTHERS = (Cause.other_base, Cause.other_codes, Cause.mixed, Cause.permuted)
 _SURE = 0.1  # of the delta: what a scale that is taken from a weight may be off by
@@ -20,14 +20,16 @@ _SURE = 0.1  # of the delta: what a scale that is taken from a weight may be off
 
 def look(sample: Sample) -> Reading:
     """The likely cause of what is wrong with one weight, by itself."""
-    return read_codes(sample, sample.codes) if sample.codes else read(sample)
+    found = read_codes(sample, sample.codes) if sample.codes else read(sample)
+    merged = sample.delta is not None
+    kept = glimpse(sample) if merged and found.cause in _PERHAPS_ANOTHERS else None
+    return replace(found, merged=merged, scaling=sample.scaling, sample=kept)
 
 
-def causes(taken: Sequence[Sample], looks: Sequence[Reading]) -> list[tuple[Cause, str]]:
+def causes(looks: Sequence[Reading]) -> list[tuple[Cause, str]]:
     """What is wrong, told once for all weights that share it; the gravest first."""
-    readings = _of_one_mind(_agreed(_exchanged(taken, looks)))
-    merged = [r for r, s in zip(readings, taken, strict=True) if s.delta is not None]
-    others = [r for r, s in zip(readings, taken, strict=True) if s.delta is None]
+    readings = _of_one_mind(_agreed(_exchanged(looks)))
+    merged, others = ([r for r in readings if r.merged is kind] for kind in (True, False))
     found: list[tuple[Cause, str]] = []
     for cause in Cause:
         some = [r for r in readings if r.cause is cause]
@@ -42,7 +44,7 @@ def causes(taken: Sequence[Sample], looks: Sequence[Reading]) -> list[tuple[Caus
         elif cause is Cause.other_codes:
             found.append((cause, _other_codes(some, merged)))
         elif cause is Cause.scale:
-            found += _scales(some, merged, {s.name: s.scaling for s in taken})
+            found += _scales(some, merged)
         elif told := [r for r in some if r in merged]:
             found.append((cause, _plain(cause, told, merged, _share(told, merged))))
         else:
@@ -50,14 +52,16 @@ def causes(taken: Sequence[Sample], looks: Sequence[Reading]) -> list[tuple[Caus
     return found
 
 
-def _exchanged(samples: Sequence[Sample], readings: Sequence[Reading]) -> list[Reading]:
+def _exchanged(readings: Sequence[Reading]) -> list[Reading]:
     """The readings, those explained by another weight's delta put so."""
     alike: dict[tuple[str, tuple[int, ...]], list[Sample]] = {}
-    for sample, reading in zip(samples, readings, strict=True):
-        if sample.delta is not None and reading.cause in _PERHAPS_ANOTHERS:
-            alike.setdefault((re.sub(r"\d+", "#", sample.name), tuple(sample.base.shape)), []).append(sample)
+    for sample in (r.sample for r in readings if r.sample):
+        alike.setdefault((re.sub(r"\d+", "#", sample.name), tuple(sample.base.shape)), []).append(sample)
     whose = {name: other for group in alike.values() for name, other in swapped(group).items()}
-    return [Reading(r.name, Cause.swapped, detail=whose[r.name]) if r.name in whose else r for r in readings]
+    return [
+        replace(r, cause=Cause.swapped, detail=whose[r.name], fit=None) if r.name in whose else r
+        for r in readings
+    ]
 
 
 def _agreed(readings: Sequence[Reading]) -> list[Reading]:
@@ -70,17 +74,25 @@ def _agreed(readings: Sequence[Reading]) -> list[Reading]:
     near = {r.name for r in fitted if abs(r.factor - common) <= max(r.uncertain, SAME_FACTOR * abs(common))}
     if len(near) < len(fitted) / 2:
         return list(readings)
-    return [Reading(r.name, Cause.scale, common) if r.name in near else r for r in readings]
+    return [
+        replace(r, cause=Cause.scale, factor=common, detail="", uncertain=0.0) if r.name in near else r
+        for r in readings
+    ]
 
 
 def _of_one_mind(readings: Sequence[Reading]) -> list[Reading]:
     """The readings; codes that several things explain, or nothing, are told as most of them are."""
     votes = Counter(_told(r) for r in readings)
-    readings = [max((r, *r.also), key=lambda one: votes[_told(one)]) for r in readings]
+    readings = [_most_told(r, votes) for r in readings]
     unexplained = [r for r in readings if r.fit and r.fit.excess]
     near = sum(r.cause is Cause.other_codes for r in unexplained)
     cause = Cause.other_codes if 2 * near > len(unexplained) else Cause.other_base
     return [replace(r, cause=cause) if r.fit and r.fit.excess else r for r in readings]
+
+
+def _most_told(reading: Reading, votes: Mapping[tuple[Cause | None, str, str], int]) -> Reading:
+    most = max((reading, *reading.also), key=lambda one: votes[_told(one)])
+    return replace(most, merged=reading.merged, scaling=reading.scaling)
 
 
 def _told(reading: Reading) -> tuple[Cause | None, str, str]:
@@ -200,11 +212,9 @@ def _other_codes(some: list[Reading], merged: list[Reading]) -> str:
     )
 
 
-def _scales(
-    some: list[Reading], merged: list[Reading], scalings: Mapping[str, Scaling | None]
-) -> list[tuple[Cause, str]]:
+def _scales(some: list[Reading], merged: list[Reading]) -> list[tuple[Cause, str]]:
     """One sentence for each explanation of a factor: of several, that which most weights share."""
-    why = {r.name: reasons(r.factor, scalings.get(r.name)) for r in some}
+    why = {r.name: reasons(r.factor, r.scaling) for r in some}
     votes = Counter(words for several in why.values() for words in several)
     told: dict[str, list[Reading]] = {}
     for reading in some:

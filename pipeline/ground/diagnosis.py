@@ -102,6 +102,9 @@ class Reading:
     uncertain: float = 0.0  # what rounding may have done to the factor
     fit: Fit | None = None
     also: tuple[Reading, ...] = ()  # what else it may be
+    merged: bool = True  # whether there was something to add
+    scaling: Scaling | None = None
+    sample: Sample | None = None  # where it may be another weight's
 
 
 def read(sample: Sample) -> Reading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeline.ground.diagnosis import ALIKE, Sample
 
@@ -10,6 +11,15 @@ _MOST_ALIKE = 512  # weights of one shape that are held against each other
 _SAME = 0.999  # cosine of values that are the same up to rounding
 _CODES = 0.99  # of the codes: these values are in them
 _GLANCE = 4096  # elements of each
+
+
+def glimpse(sample: Sample) -> Sample:
+    """As much of a sample as is needed to tell it from others; all of one that is held as codes."""
+    if sample.codes or sample.delta is None:
+        return sample
+    rows = -(-_GLANCE // sample.base.shape[1])
+    base, delta, stored = (t[:rows].clone() for t in (sample.base, sample.delta, sample.stored))
+    return replace(sample, base=base, delta=delta, stored=stored)
 
 
 def swapped(samples: Sequence[Sample]) -> dict[str, str]:

@@ -31,7 +31,7 @@ def sample(
 
 
 def told(samples: Sequence[Sample]) -> list[tuple[Cause, str]]:
-    return causes(samples, [look(sample) for sample in samples])
+    return causes([look(sample) for sample in samples])
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
