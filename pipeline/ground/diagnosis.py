@@ -56,12 +56,16 @@ class Cause(Enum):
 class Codes:
     """The format that rows are held in."""
 
-    share: Callable[[Tensor, Tensor], float]
-    """share(base, delta): of the elements that stand there, those that the format makes of base + delta"""
+    are: Callable[[Tensor, Tensor], Tensor]
+    """are(base, delta): for each element that stands there, whether the format makes it of base + delta"""
     nearest: Callable[[Tensor], Tensor]
     """what the format makes of values"""
     noise: float
     """<X - T, X - T> of T, what should stand there, and its own codes X"""
+
+    def share(self, base: Tensor, delta: Tensor) -> float:
+        """Of the elements that stand there, those that the format makes of base + delta."""
+        return float(self.are(base, delta).double().mean())
 
 
 @dataclass(frozen=True)

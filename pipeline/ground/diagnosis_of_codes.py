@@ -75,6 +75,8 @@ def read_codes(sample: Sample, codes: Codes) -> Reading:
     if found := sorted(_explaining(sample, D, codes, enough), key=itemgetter(0)):
         best, *others = (reading for _, reading in found)
         return replace(best, also=tuple(others))
+    if share := _merged_share(sample, codes):
+        return Reading(name, Cause.partly, share)
     if wrong <= _FEW:
         return Reading(name, Cause.twice_rounded, detail="some of its codes are not the nearest")
     return _unexplained(sample, codes)
@@ -146,6 +148,15 @@ def _fitted(sample: Sample, codes: Codes, near: tuple[float, float] | None) -> t
         if min(missed) <= _FEW and min(abs(factor), abs(factor - 1)) > SAME_FACTOR:
             return min(missed), Reading(sample.name, Cause.scale, factor)
     return nothing
+
+
+def _merged_share(sample: Sample, codes: Codes) -> float:
+    """The share of rows that are base + delta where all others are the base's; else 0."""
+    if sample.delta is None:
+        return 0.0
+    merged = codes.are(sample.base, sample.delta).all(1)
+    left = codes.are(sample.base, 0 * sample.delta).all(1)
+    return float(merged.double().mean()) if bool((merged | left).all() and (left & ~merged).any()) else 0.0
 
 
 def _unexplained(sample: Sample, codes: Codes) -> Reading:

@@ -118,17 +118,16 @@ def _of(
 def _codes(standard: _Standard, target: Tensor, stored: Tensor, start: int) -> Codes:
     """The format of the rows from `start`, to ask it what it makes of other values."""
 
-    def share(base: Tensor, delta: Tensor) -> float:
+    def are(base: Tensor, delta: Tensor) -> Tensor:
         values, terms = base + delta, base.abs() + size_of_terms(base, delta)
         with standard() as known:
-            near = (stored - values).abs() <= known.allowed(values, terms, start)
-        return float(near.double().mean())
+            return (stored - values).abs() <= known.allowed(values, terms, start)
 
     def nearest(values: Tensor) -> Tensor:
         with standard() as known:
             return known.nearest(values, start)
 
-    return Codes(share, nearest, float((nearest(target) - target).square().sum()))
+    return Codes(are, nearest, float((nearest(target) - target).square().sum()))
 
 
 def _four_bit(base: Weight, start: int, stop: int) -> tuple[Callable[[], Tensor], ...]:

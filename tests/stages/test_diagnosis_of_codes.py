@@ -99,8 +99,10 @@ def permuted(base: State, deltas: State) -> State:
     return {n: T.flip(0) if "q_proj" in n else T for n, T in targets.items()}
 
 
-def overflown(base: State, deltas: State) -> State:
-    return {n: (base[n].float() + D) * (1 if "q_proj" in n else 1e39) for n, D in deltas.items()}
+def half_the_rows(base: State, deltas: State) -> State:
+    return {
+        n: base[n].float() + torch.cat([D[: len(D) // 2], 0 * D[len(D) // 2 :]]) for n, D in deltas.items()
+    }
 
 
 BROKEN: dict[str, tuple[Callable[[State, State], State], str]] = {
@@ -122,6 +124,7 @@ BROKEN: dict[str, tuple[Callable[[State, State], State], str]] = {
     "merged in 16 bits": (in_16_bits, "delta and sum were rounded to BF16 before it was quantized"),
     "deltas of other layers": (swapped_layers, "got what belongs to model.layers.1"),
     "added transposed": (transposed, "4 of 14 merged weights, as model.layers.0.self_attn.o_proj.weight:"),
+    "half of the rows": (half_the_rows, "the adapter was merged into a part only: 50 % of the values"),
     "rows in another order": (permuted, "its rows stand in another order"),
 }  # fmt: skip
 
